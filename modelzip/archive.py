@@ -10,7 +10,7 @@ import collections, errno, functools, os, secrets, stat, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator, TYPE_CHECKING
 
 # %% ../nbs/workshop/archive.ipynb
 class PackError(Exception):
@@ -307,7 +307,7 @@ def inflate(
     return data
 
 # %% ../nbs/workshop/archive.ipynb
-def path_text(path: str | os.PathLike) -> str:
+def path_text(path: str | os.PathLike[str]) -> str:
     "A path as text; `ValueError` for one that no file can have."
     text = os.fsdecode(path)
     try:
@@ -320,13 +320,13 @@ def path_text(path: str | os.PathLike) -> str:
 
 
 def target_of(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> tuple[str, os.stat_result | None]:  # the file behind symbolic links, and what the system says of it if it exists
     """What saving to a path would replace. `OSError` when it may not.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
 
     Returns
     -------
@@ -372,14 +372,14 @@ def sync_folder(folder: str) -> None:
 # %% ../nbs/workshop/archive.ipynb
 @contextmanager
 def replacing(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> Iterator[BinaryIO]:  # a new, empty file; it takes the path's place when the block ends without an exception
     """Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError`
     with the path.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
 
     Returns
     -------
@@ -478,15 +478,21 @@ class Checksum:
 
     Parameters
     ----------
-    pool, default None
+    pool : Any, default None
         an executor that it may use; None: one of its own, until the `with` block ends
     """
 
-    def __init__(self, pool=None):  # an executor that it may use; None: one of its own, until the `with` block ends
+    pool: Any
+    own: ThreadPoolExecutor | None
+    pending: collections.deque[Any]
+
+    def __init__(
+        self, pool: Any = None
+    ):  # an executor that it may use; None: one of its own, until the `with` block ends
         self.own = None if pool else ThreadPoolExecutor(THREADS)
         self.pool, self.value, self.pending = pool or self.own, 0, collections.deque()
 
-    def add(self, block):
+    def add(self, block: bytes | memoryview) -> None:
         "The next block of bytes; it must stay as it is until it has been dealt with."
         if len(block) < 2**16 and not self.pending:
             self.value = zlib.crc32(block, self.value)
@@ -495,26 +501,30 @@ class Checksum:
         if len(self.pending) > 2 * THREADS:
             self.take()
 
-    def take(self):
+    def take(self) -> None:
         crc, n = self.pending.popleft()
         self.value = join(self.value, crc.result(), n)
 
-    def append(self, crc, n):
+    def append(self, crc: int, n: int) -> None:
         "The next n bytes, whose checksum is known."
         self.value = join(self.finish(), crc, n)
 
-    def finish(self):
+    def finish(self) -> int:
         "The checksum of all that has come by."
         while self.pending:
             self.take()
         return self.value
 
-    def __enter__(self):
+    def __enter__(self) -> "Checksum":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         if self.own:
             self.own.shutdown()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        value: int
 
 # %% ../nbs/workshop/archive.ipynb
 def seal(
@@ -702,7 +712,7 @@ def check_headers(
 
 # %% ../nbs/workshop/archive.ipynb
 @contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     "Put the name of the file in front of every `PackError`. None is longer than some lines, whatever the file says."
     try:
         yield
@@ -713,7 +723,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 MOST_SAID = 2000  # characters
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or
     a pointer of Git LFS is a `PackError`."""
     path = path_text(path)

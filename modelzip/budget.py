@@ -10,6 +10,7 @@ __all__ = ['output_errors', 'second_order', 'waterfill', 'lower_hull', 'greedy',
 #| code-summary: "Imports of the library"
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from .workshop.models import as_batches, copied
 
 # %% ../nbs/13_budget.ipynb
 def relative_change(
-    changed: dict,  # path of an output → its rows, batch by batch
-    exact: dict,  # the same of the model as it is
-    usual: dict,  # the energy ‖y‖² of each row
+    changed: dict[str, list[Tensor]],  # path of an output → its rows, batch by batch
+    exact: dict[str, list[Tensor]],  # the same of the model as it is
+    usual: dict[str, list[Tensor]],  # the energy ‖y‖² of each row
 ) -> float:  # mean of ‖ŷ − y‖²/‖y‖² over rows, and over outputs
     def mean(k):
         rows = zip(changed[k], exact[k], usual[k])
@@ -38,7 +39,7 @@ def relative_change(
 def output_errors(
     model: nn.Module,  # left as it is
     values: dict[str, Tensor],  # name of a parameter → what it is to be, one after the other
-    batches: Iterable,  # inputs, see `feed`
+    batches: Iterable[Any],  # inputs, see `feed`
 ) -> dict[str, float]:  # name → relative squared error of the output when this parameter alone is changed
     """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the
     outputs where there are several. For an example of (nearly) zeros, and for single numbers, see
@@ -50,7 +51,7 @@ def output_errors(
         left as it is
     values : dict[str, Tensor]
         name of a parameter → what it is to be, one after the other
-    batches : Iterable
+    batches : Iterable[Any]
         inputs, see `feed`
 
     Returns
@@ -80,7 +81,7 @@ def output_errors(
 def second_order(
     model: nn.Module,  # left as it is
     changes: dict[str, Tensor],  # name of a parameter → δ, its change
-    batches: Iterable,  # inputs, see `feed`
+    batches: Iterable[Any],  # inputs, see `feed`
     probes: int = 16,  # random vectors for each batch: the error falls with their root
     seed: int = 0,  # of these
 ) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
@@ -93,7 +94,7 @@ def second_order(
         left as it is
     changes : dict[str, Tensor]
         name of a parameter → δ, its change
-    batches : Iterable
+    batches : Iterable[Any]
         inputs, see `feed`
     probes : int, default 16
         random vectors for each batch: the error falls with their root

@@ -11,7 +11,7 @@ __all__ = ['dependency_graph']
 import collections, copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from .workshop.tracing import Record, Walks, concerns, keep_layer, output_axis, 
 class Ties:
     "Which channels stand or fall together: a union-find over numbers. 0 stands for whatever has a fixed size."
 
+    parent: np.ndarray
+    kept: dict[int, str]
+
     def __init__(self):
         self.parent, self.kept = np.zeros(1, np.int64), {0: "its size is fixed"}
 
@@ -49,6 +52,20 @@ class Ties:
             x = p
         self.parent[start] = x
         return x
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def keep(self, a: np.ndarray, why: str) -> None:
+            "These, and all that is tied to them, must stay."
+            ...
+
+        def free(self, a: np.ndarray) -> np.ndarray:
+            "May they go?"
+            ...
+
+        def tie(self, a: np.ndarray, b: np.ndarray, why: str = 'it is tied to something of fixed size') -> None:
+            "From now on a[i] and b[i] go together (a and b are broadcast). What is tied to 0 stays."
+            ...
 
 # %% ../nbs/08_channels.ipynb
 @patch
@@ -94,31 +111,33 @@ class Marks:
 
     Parameters
     ----------
-    shape : tuple
-    blocks : dict, default field(default_factory=dict)
+    shape : tuple[int, ...]
+    blocks : dict[tuple[int, ...], np.ndarray], default field(default_factory=dict)
         axes → numbers, an array over these axes
     zero : bool, default False
         when a channel's parameters are zeros, so is the channel
     free : bool, default False
         made of one constant: takes whatever size it is asked to have
-    taint : list, default field(default_factory=list)
+    taint : list[Any], default field(default_factory=list)
         numbers that must stay if anybody uses this tensor
-    sources : frozenset, default frozenset()
+    sources : frozenset[str], default frozenset()
         the layers that it comes from
     """
 
-    shape: tuple
-    blocks: dict = field(default_factory=dict)  # axes → numbers, an array over these axes
+    shape: tuple[int, ...]
+    blocks: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # axes → numbers, an array over these axes
     zero: bool = False  # when a channel's parameters are zeros, so is the channel
     free: bool = False  # made of one constant: takes whatever size it is asked to have
-    taint: list = field(default_factory=list)  # numbers that must stay if anybody uses this tensor
-    sources: frozenset = frozenset()  # the layers that it comes from
+    taint: list[Any] = field(default_factory=list)  # numbers that must stay if anybody uses this tensor
+    sources: frozenset[str] = frozenset()  # the layers that it comes from
 
 # %% ../nbs/08_channels.ipynb
-RULES: dict[str, Callable] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
+RULES: dict[
+    str, Callable[..., Any]
+] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
 
 
-def rule(*names: str) -> Callable:
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     "Register what an operation does with the channels."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
@@ -130,12 +149,31 @@ class Trace(Record):
         super().__init__(model)
         self.ties = Ties()
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output, name = f(*args, **kwargs), name_of(f)
         if concerns(self, name, args, kwargs, output):
             record(self, name, args, kwargs, output, self.ruled(name, f, args, kwargs, output))
         return output
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        ties: Ties
+
+        def marks(self, t: Tensor) -> Marks:
+            "What a tensor carries."
+            ...
+
+        def ruled(
+            self,
+            name: str,
+            f: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+        ) -> list[Marks]:
+            "What the rule of an operation says; without one, everything that goes in must stay as it is."
+            ...
 
 # %% ../nbs/08_channels.ipynb
 @patch
@@ -153,7 +191,9 @@ def marks(self: Trace, t: Tensor) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @patch
-def ruled(self: Trace, name: str, f: Callable, args: tuple, kwargs: dict, output: Any) -> list[Marks]:
+def ruled(
+    self: Trace, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> list[Marks]:
     "What the rule of an operation says; without one, everything that goes in must stay as it is."
     outputs, rule, marks = tensors_of(output), RULES.get(name), None
     if takes(rule, self, f, output, *args, **kwargs):
@@ -166,7 +206,7 @@ def ruled(self: Trace, name: str, f: Callable, args: tuple, kwargs: dict, output
 
 # %% ../nbs/08_channels.ipynb
 @rule(*POINTWISE, *LIFTING)
-def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
+def pointwise(t: Trace, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Marks | None:
     "f(x) element by element: channels stay where they are."
     if any(isinstance(a, Tensor) for a in args):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -176,7 +216,7 @@ def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
 
 # %% ../nbs/08_channels.ipynb
 @rule(*MIXING)
-def mixed(t, f, output, *args, **kwargs) -> Marks:
+def mixed(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Marks:
     "f(x, y) element by element: channels that meet go together."
     args = args[::-1] if getattr(f, "__name__", "").startswith("__r") else args  # 1 / y is y.__rtruediv__(1)
     marks = [t.marks(x) for x in tensors_of((args, kwargs))]
@@ -186,7 +226,9 @@ def mixed(t, f, output, *args, **kwargs) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule("linear")
-def linear(t, f, output, input, weight, bias=None) -> Marks:
+def linear(
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Marks:
     "y = W x + b: the columns of W belong to x, its rows and b to y."
     x, w = t.marks(input), t.marks(weight)
     inputs, rows = isolate_or_fix(t.ties, x, -1), isolate(t.ties, w, 0)
@@ -196,7 +238,18 @@ def linear(t, f, output, input, weight, bias=None) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(t, f, output, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Marks:
+def convolution(
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Marks:
     "A product of matrices at every position."
     x, w = t.marks(input), t.marks(weight)
     c = channel_axis(t.ties, x, w)
@@ -210,7 +263,18 @@ def convolution(t, f, output, input, weight, bias=None, stride=1, padding=0, dil
 
 # %% ../nbs/08_channels.ipynb
 @rule("batch_norm", "instance_norm")
-def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs):
+def norm_of_channels(
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Marks:
     "Every channel by itself: its mean, its variance, its factor, its offset."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1 if input.dim() > 1 else 0)
@@ -221,7 +285,9 @@ def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, w
 
 # %% ../nbs/08_channels.ipynb
 @rule(*"sum nansum mean amax amin max min norm vector_norm var std var_mean prod any all median".split())
-def reduction(t, f, output, input, *args, **kwargs) -> list[Marks] | Marks:
+def reduction(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
     name, m, outs = name_of(f), t.marks(input), tensors_of(output)
     x, axes = replace(m, blocks=dict(m.blocks)), reduced_axes(name, input.dim(), args, kwargs)
@@ -235,7 +301,7 @@ def reduction(t, f, output, input, *args, **kwargs) -> list[Marks] | Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(t, f, output, input, *args, **kwargs) -> list[Marks]:
+def moved(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)
@@ -311,7 +377,7 @@ def removed(model: nn.Module, groups: Groups, roots: list[int], exact: bool = Tr
     return new
 
 # %% ../nbs/08_channels.ipynb
-def differs(model: nn.Module, examples: list, groups: Groups, roots: Iterable[int]) -> str | None:
+def differs(model: nn.Module, examples: list[Any], groups: Groups, roots: Iterable[int]) -> str | None:
     "In words where a model with channels removed differs from the one with these set to zero; None: nowhere."
     zeroed, cut_out = (lambda m: masked(m, groups, roots, True)), (lambda m: removed(m, groups, roots, share=True))
     return disagreement(model, examples, zeroed, cut_out)

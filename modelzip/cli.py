@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from inspect import signature
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def quantize_weights(
     bits: int = 8,  # width of a code
     group: int | None = None,  # weights that share a scale; None: one scale for each row
     progress: bool = False,  # show a bar
-    **options,  # of `quantize`: symmetric, observer, codebook …
+    **options: Any,  # of `quantize`: symmetric, observer, codebook …
 ) -> nn.Module:  # a copy in which every tensor of two or more dimensions is compressed
     """Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize.
 
@@ -445,7 +446,7 @@ def _weights_in(found, path, own):
     return model
 
 
-READERS = {
+READERS: dict[str, Any] = {
     ".mz": _from_mz,
     ".safetensors": _from_other,
     ".h5": _from_other,
@@ -463,7 +464,8 @@ def open_model(
     # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
     # package.module:function
     source: str,
-    own: Callable | None = None,  # makes a model of one's own class, for weights that do not say what runs them
+    own: Callable[..., Any]
+    | None = None,  # makes a model of one's own class, for weights that do not say what runs them
 ) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
     """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
     wrong.
@@ -473,7 +475,7 @@ def open_model(
     source : str
         a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
         package.module:function
-    own : Callable | None, default None
+    own : Callable[..., Any] | None, default None
         makes a model of one's own class, for weights that do not say what runs them
 
     Returns
@@ -505,7 +507,7 @@ def open_model(
 @contextmanager
 def weights_in(
     source: str,  # a file or folder of `READERS`
-) -> Iterator[tuple[Opened, dict] | None]:  # what is in it, and what is the same for names of the same tensor
+) -> Iterator[tuple[Opened, dict[str, Any]] | None]:  # what is in it, and what is the same for names of the same tensor
     """Weights alone, to be read one by one. None where a file says more than that, and for the archive of a GGUF file.
 
     Parameters
@@ -515,7 +517,7 @@ def weights_in(
 
     Returns
     -------
-    Iterator[tuple[Opened, dict] | None]
+    Iterator[tuple[Opened, dict[str, Any]] | None]
         what is in it, and what is the same for names of the same tensor
     """
     path, ending = Path(source), Path(source).suffix.lower()
@@ -562,13 +564,13 @@ def _says_what_runs(manifest, rows):
     return True
 
 # %% ../nbs/workshop/cli.ipynb
-COMMANDS: dict[str, Callable] = {}
+COMMANDS: dict[str, Callable[..., Any]] = {}
 
 
 def command(
     help: str,  # one line
     example: str,  # as typed
-    *arguments: tuple[list, dict],  # of `argument`
+    *arguments: tuple[list[Any], dict[str, Any]],  # of `argument`
 ) -> Callable:  # decorator
     """Add a command of the same name as the function.
 
@@ -578,7 +580,7 @@ def command(
         one line
     example : str
         as typed
-    *arguments : tuple[list, dict]
+    *arguments : tuple[list[Any], dict[str, Any]]
         of `argument`
 
     Returns
@@ -595,7 +597,7 @@ def command(
     return add
 
 
-def argument(*names, **options):
+def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, options
 
 
@@ -605,7 +607,7 @@ class Done:
 
     Parameters
     ----------
-    found : dict
+    found : dict[str, Any]
         for programs, as JSON
     said : str
         for people
@@ -613,7 +615,7 @@ class Done:
         1 if the answer is no
     """
 
-    found: dict  # for programs, as JSON
+    found: dict[str, Any]  # for programs, as JSON
     said: str  # for people
     status: int = 0  # 1 if the answer is no
 
@@ -680,6 +682,10 @@ class _Own:
     def __call__(self):
         self.needed = True
         return _from_builder(self.text)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        needed: bool
 
 
 def _opened(o, *sources):
@@ -795,7 +801,7 @@ def _kept(e, path):
     return OSError(e.given[0].errno, f"{e.given[0].strerror}; the result is in {f.name}", path)
 
 # %% ../nbs/workshop/cli.ipynb
-DATA: dict[str, Callable] = {
+DATA: dict[str, Callable[..., Any]] = {
     "mnist5k": mnist5k,
     "digits": digits,
 }  # what `--data` may name; `docstrings` is for `eval` alone
@@ -1125,7 +1131,13 @@ def _to_gguf(model, path, **info):
     return to_gguf(tensors, path, metadata | ({"modelzip.info": json.dumps(info)} if info else {}))
 
 
-WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
+WRITERS: dict[str, Any] = {
+    ".mz": save,
+    ".safetensors": to_safetensors,
+    ".h5": to_hdf5,
+    ".hdf5": to_hdf5,
+    ".npz": to_npz,
+}
 WRITERS[".gguf"] = _to_gguf
 
 

@@ -11,8 +11,8 @@ __all__ = ['rans_push', 'rans_pop', 'Bets', 'AdaptiveEncoder', 'AdaptiveDecoder'
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 
@@ -89,6 +89,8 @@ class Bets:
         bits after which a bet no longer gets slower
     """
 
+    table: dict[Any, tuple[int, int]]
+
     def __init__(
         self,
         memory: int = 255,  # bits after which a bet no longer gets slower
@@ -97,16 +99,22 @@ class Bets:
             raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
         self.memory, self.table = memory, {}
 
-    def ones(self, context) -> int:  # 32..65504: the share of a one, of 65536
+    def ones(self, context: Hashable) -> int:  # 32..65504: the share of a one, of 65536
         return min(max(self.table.get(context, (32768, 0))[0], 32), 65504)
 
-    def learn(self, context, bit):
+    def learn(self, context: Hashable, bit: int) -> None:
         q, n = self.table.get(context, (32768, 0))
         self.table[context] = q + ((bit << 16) - q) // (n + 2), min(n + 1, self.memory)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        memory: int
 
 # %% ../nbs/04b_coding.ipynb
 class AdaptiveEncoder:
     "Binary arithmetic coding with bets that learn; the end of the message is not coded."
+
+    width: int
 
     def __init__(self):
         self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
@@ -130,6 +138,16 @@ class AdaptiveEncoder:
             self.low, self.width = (self.low & 0xFFFFFFFF) << 8, self.width << 8
         self.bets.learn(context, bit)
         return bit
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bets: Bets
+        out: bytearray
+        low: int
+
+        def finish(self) -> bytes:
+            "The shortest number within the interval that is left, its final zeros left out."
+            ...
 
 # %% ../nbs/04b_coding.ipynb
 @patch
@@ -158,6 +176,9 @@ class AdaptiveDecoder:
         from `finish`
     """
 
+    width: int
+    offset: int
+
     def __init__(
         self,
         data: bytes,  # from `finish`
@@ -177,6 +198,16 @@ class AdaptiveDecoder:
             self.width, self.at = self.width << 8, self.at + 1
         self.bets.learn(context, bit)
         return bit
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bets: Bets
+        data: bytes
+        at: int
+
+        def finish(self) -> None:
+            "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."
+            ...
 
 # %% ../nbs/04b_coding.ipynb
 @patch

@@ -13,7 +13,7 @@ __all__ = ['stratified', 'mnist5k', 'digits', 'LeNet5', 'predictions', 'accuracy
 #| code-summary: "Imports of the module"
 import functools, gzip
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -134,6 +134,13 @@ class LeNet5(nn.Module):
         x = F.max_pool2d(self.conv2(x), 2)
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        conv1: nn.Conv2d
+        conv2: nn.Conv2d
+        fc1: nn.Linear
+        fc2: nn.Linear
+
 # %% ../nbs/00_data.ipynb
 def predictions(
     model: nn.Module,  # gives [n, classes] for [n, …], alone or as `logits` among other outputs
@@ -191,7 +198,15 @@ def accuracy(
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
 # %% ../nbs/00_data.ipynb
-def one_epoch(model: nn.Module, data: Split, batch_size: int, loss: Callable, step, schedule, bar: tqdm) -> float:
+def one_epoch(
+    model: nn.Module,
+    data: Split,
+    batch_size: int,
+    loss: Callable[[Any, Any], Tensor],
+    step: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    bar: tqdm,
+) -> float:
     "One pass over the data in a new order: the mean loss."
     device, total = device_of(model), 0.0
     for i in batches_of(torch.randperm(len(data)), batch_size):

@@ -10,7 +10,7 @@ import contextlib, functools, os, tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -52,6 +52,13 @@ class Deployed(nn.Module):
     work : Work
     """
 
+    layout: Layout
+    kernels: bool
+    threads: int
+    tried: "Attempts"
+    path: Path | None
+    bytes: int | None
+
     def __init__(
         self,
         name: str,  # of the engine
@@ -68,7 +75,7 @@ class Deployed(nn.Module):
         with torch.no_grad():
             return self._run(*tensors_in(self.layout, args, kwargs))
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Deployed":
         if mode:
             raise TypeError("a deployed model cannot be trained; train the model itself, and deploy it again")
         return self
@@ -76,7 +83,7 @@ class Deployed(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a deployed model holds no weights to save; save the model itself, or deploy it with path=")
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a deployed model belongs to its process and can be neither pickled nor copied; call deploy where it is"
             " needed"
@@ -90,6 +97,12 @@ class Deployed(nn.Module):
             said.append(f"a file of {self.bytes:,} bytes" + ("" if self.path is None else f", {self.path}"))
         said += [f"cosine {self.cosine:.4f}", repr(self.layout)]
         return f"Deployed({', '.join(said)})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        training: bool
+        engine: str
+        cosine: float
 
 # %% ../nbs/workshop/deploy.ipynb
 @dataclass(frozen=True)

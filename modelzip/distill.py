@@ -12,7 +12,7 @@ __all__ = ['Seen', 'Loss', 'Sum', 'Labels', 'SoftTargets', 'Logits', 'distill', 
 #| code-summary: "Imports of the library"
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +71,10 @@ class Loss(SaysItsSettings):
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def __add__(self, other):
+    def __add__(self, other: "Loss") -> "Loss":
         return Sum([1.0, 1.0], [self, other])
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float) -> "Loss":
         return Sum([factor], [self])
 
     __rmul__ = __mul__
@@ -90,6 +90,10 @@ class Sum(Loss):
     parts : list[Loss]
         a sum among them is taken apart
     """
+
+    factors: list[float]
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
 
     def __init__(
         self,
@@ -107,11 +111,15 @@ class Sum(Loss):
         self.student_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.student_layers))
         self.teacher_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.teacher_layers))
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         return sum(f * p(student, teacher, labels) for f, p in zip(self.factors, self.parts))
 
     def __repr__(self) -> str:
         return " + ".join(f"{f:g} * {p!r}" if f != 1 else repr(p) for f, p in zip(self.factors, self.parts))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        parts: nn.ModuleList
 
 # %% ../nbs/09_distill.ipynb
 class Labels(Loss):
@@ -131,7 +139,7 @@ class Labels(Loss):
         super().__init__()
         self.axis = axis
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         z = classes_last(student.outputs, self.axis, labels)
         soft = labels.is_floating_point() and labels.shape == student.outputs.shape
         if z.shape[-1] > 1:
@@ -140,6 +148,10 @@ class Labels(Loss):
 
     def __repr__(self) -> str:
         return "Labels()" if self.axis == 1 else f"Labels(axis={self.axis})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        axis: int
 
 # %% ../nbs/09_distill.ipynb
 class SoftTargets(Loss):
@@ -165,7 +177,7 @@ class SoftTargets(Loss):
             raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
         self.temperature, self.axis = float(temperature), axis
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         same_shape(student, teacher)
         z, v = (classes_last(s.outputs, self.axis, labels) / self.temperature for s in (student, teacher))
         if z.shape[-1] == 1:
@@ -175,12 +187,17 @@ class SoftTargets(Loss):
     def __repr__(self) -> str:
         return f"SoftTargets({self.temperature:g}" + (")" if self.axis == 1 else f", axis={self.axis})")
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        temperature: float
+        axis: int
+
 # %% ../nbs/09_distill.ipynb
 class Logits(Loss):
     """Mean squared difference of the outputs themselves (Ba & Caruana 2013, arXiv:1312.6184), also for outputs that
     are no logits. Where both have the same mean over the classes: soft targets at infinite temperature, times two."""
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         same_shape(student, teacher)
         return F.mse_loss(student.outputs, teacher.outputs)
 
@@ -191,12 +208,21 @@ class Logits(Loss):
 class Lesson(nn.Module):
     "Student and loss, to be trained together; the teacher is no part of it."
 
-    def __init__(self, student, teacher, loss, augment, notes):
+    others: tuple[Any, ...]
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: Loss,
+        augment: Callable[[Any], Any] | None,
+        notes: tuple[dict[str, Any], dict[str, Any]],
+    ):
         super().__init__()
         self.student, self.loss = student, loss
         self.others = teacher, augment, notes  # in a tuple, so that their parameters are not found
 
-    def forward(self, x):
+    def forward(self, x: Any) -> tuple[Seen, Seen]:
         teacher, augment, (ours, theirs) = self.others
         if augment is not None:
             x = augment(x)
@@ -207,6 +233,11 @@ class Lesson(nn.Module):
         return Seen(z, features_of(ours, self.loss.student_layers, "student")), Seen(
             y, features_of(theirs, self.loss.teacher_layers, "teacher")
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        student: nn.Module
+        loss: Loss
 
 # %% ../nbs/09_distill.ipynb
 def distill(
@@ -292,6 +323,10 @@ class FeatureLoss(Loss):
         name of a student's layer → name of a teacher's
     """
 
+    pairs: dict[str, str]
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+
     def __init__(
         self,
         layers: Mapping[str, str],  # name of a student's layer → name of a teacher's
@@ -300,7 +335,7 @@ class FeatureLoss(Loss):
         self.pairs = layer_pairs(layers, type(self).__name__)
         self.student_layers, self.teacher_layers = tuple(self.pairs), tuple(self.pairs.values())
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         each = [self.distance(s, student.features[s], teacher.features[t]) for s, t in self.pairs.items()]
         return sum(each) / len(each)
 
@@ -322,11 +357,15 @@ class Hints(FeatureLoss):
         super().__init__(layers)
         self.maps = nn.ModuleDict()
 
-    def distance(self, name, ours, theirs):
+    def distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         ours, theirs = same_size(ours, theirs)
         y = layer_map(self.maps, name, self.pairs[name], ours, theirs)(ours)
         check_but_channels(name, self.pairs[name], ours, y, theirs)
         return (y - theirs).square().mean() / theirs.square().mean().clamp(min=torch.finfo(theirs.dtype).tiny)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        maps: nn.ModuleDict
 
 # %% ../nbs/09_distill.ipynb
 class AttentionTransfer(FeatureLoss):
@@ -338,7 +377,7 @@ class AttentionTransfer(FeatureLoss):
         name of a student's layer → name of a teacher's
     """
 
-    def distance(self, name, ours, theirs):
+    def distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         check_images(ours, theirs)
         a, b = (F.normalize(at_one(f).square().sum(1).flatten(1), dim=1) for f in same_size(ours, theirs))
         return (a - b).square().sum(1).mean()
@@ -400,6 +439,9 @@ class Relations(Loss):
         weight of the angles beside the distances; 0: none
     """
 
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+
     def __init__(
         self,
         student_layer: str | None = None,  # whose outputs are compared; None: the model's own
@@ -411,7 +453,7 @@ class Relations(Loss):
         self.teacher_layers = () if teacher_layer is None else (teacher_layer,)
         self.angles = angles
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         a = student.features[self.student_layers[0]] if self.student_layers else student.outputs
         b = teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
@@ -421,6 +463,10 @@ class Relations(Loss):
     def __repr__(self) -> str:
         names = [layers[0] if layers else None for layers in (self.student_layers, self.teacher_layers)]
         return f"Relations({names[0]!r}, {names[1]!r}" + (")" if self.angles == 2 else f", angles={self.angles:g})")
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        angles: float
 
 # %% ../nbs/09_distill.ipynb
 from .workshop.arguments import name_arguments

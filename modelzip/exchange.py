@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
 
 
-def told_of(entry: dict) -> dict:
+def told_of(entry: dict[str, Any]) -> dict[str, Any]:
     "An entry of `pack`'s table without what the format says itself."
     return entry | {"parts": list(entry["parts"])} if "parts" in entry else entry
 
@@ -85,16 +85,16 @@ EDITION = 2  # of the text; the first did not say of which layers a model consis
 
 def take_apart(
     model: nn.Module,
-    info: dict,  # what else is to be said
+    info: dict[str, Any],  # what else is to be said
     joint: str = "/",  # between the name of a compressed tensor and that of a part of it
     *options: str,  # of the function that writes
-) -> tuple[dict[str, Tensor], dict]:  # plain tensors by name; what else there is to know
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # plain tensors by name; what else there is to know
     """A model as what any format can hold. `TypeError` or `ValueError` for what none can.
 
     Parameters
     ----------
     model : nn.Module
-    info : dict
+    info : dict[str, Any]
         what else is to be said
     joint : str, default '/'
         between the name of a compressed tensor and that of a part of it
@@ -103,7 +103,7 @@ def take_apart(
 
     Returns
     -------
-    tuple[dict[str, Tensor], dict]
+    tuple[dict[str, Tensor], dict[str, Any]]
         plain tensors by name; what else there is to know
     """
     if model is None:
@@ -126,7 +126,7 @@ def take_apart(
     return tensors, about
 
 
-def check_writable(table: dict, tensors: dict[str, Tensor]) -> None:
+def check_writable(table: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     "`ValueError` for a table that no reader would take."
     rows = {}
     try:
@@ -178,7 +178,7 @@ def checksum(name: str, t: Tensor) -> int:  # CRC-32 of its name, type, shape an
 
 # %% ../nbs/workshop/exchange.ipynb
 def note_of(
-    about: dict,
+    about: dict[str, Any],
     tensors: dict[str, Tensor],
     types: dict[str, str],  # of those that go as unsigned integers
 ) -> dict[str, str]:  # two short texts to be put into a corner of the file
@@ -186,7 +186,7 @@ def note_of(
 
     Parameters
     ----------
-    about : dict
+    about : dict[str, Any]
     tensors : dict[str, Tensor]
     types : dict[str, str]
         of those that go as unsigned integers
@@ -207,7 +207,7 @@ def note_of(
     return {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
 
 # %% ../nbs/workshop/exchange.ipynb
-def read_note(note: dict[str, str]) -> dict:  # `about`
+def read_note(note: dict[str, str]) -> dict[str, Any]:  # `about`
     """Read the text. `PackError` unless it is whole and of an edition that we know.
 
     Parameters
@@ -216,7 +216,7 @@ def read_note(note: dict[str, str]) -> dict:  # `about`
 
     Returns
     -------
-    dict
+    dict[str, Any]
         `about`
     """
     text = note["modelzip"].encode(errors="surrogatepass")
@@ -236,7 +236,7 @@ def read_note(note: dict[str, str]) -> dict:  # `about`
 UNKNOWN = "what it says about the model has an unknown form"
 
 
-def check_about(about: dict) -> dict:
+def check_about(about: dict[str, Any]) -> dict[str, Any]:
     "Every field must be there and be of its type."
     types = {
         "modelzip": int,
@@ -301,23 +301,23 @@ def with_types(
 
 # %% ../nbs/workshop/exchange.ipynb
 def compressed_entries(
-    told: dict,  # entries of compressed and tied tensors
-    index: dict[str, dict],  # entries of plain tensors by their names in the file; loses those that are parts
+    told: dict[str, Any],  # entries of compressed and tied tensors
+    index: dict[str, dict[str, Any]],  # entries of plain tensors by their names in the file; loses those that are parts
     joint: str,
-) -> dict[str, dict]:  # complete entries of compressed tensors
+) -> dict[str, dict[str, Any]]:  # complete entries of compressed tensors
     """Give compressed tensors their parts back.
 
     Parameters
     ----------
-    told : dict
+    told : dict[str, Any]
         entries of compressed and tied tensors
-    index : dict[str, dict]
+    index : dict[str, dict[str, Any]]
         entries of plain tensors by their names in the file; loses those that are parts
     joint : str
 
     Returns
     -------
-    dict[str, dict]
+    dict[str, dict[str, Any]]
         complete entries of compressed tensors
     """
     table = {}
@@ -335,7 +335,7 @@ def compressed_entries(
     return table
 
 # %% ../nbs/workshop/exchange.ipynb
-def rows_of(told: dict, index: dict[str, Part], joint: str) -> dict[str, Row]:
+def rows_of(told: dict[str, Any], index: dict[str, Part], joint: str) -> dict[str, Row]:
     "The table of `pack`: plain tensors, then compressed ones, then tied ones. Each tensor of the file is used once."
     plain = {n: {"dtype": NAMES[p.dtype], "shape": list(p.shape), "offset": 0} for n, p in index.items()}
     compressed = compressed_entries(told, plain, joint)
@@ -436,7 +436,7 @@ def merge_copies(
     return rows
 
 # %% ../nbs/workshop/exchange.ipynb
-def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict, model: nn.Module | None) -> nn.Module:
+def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict[str, Any], model: nn.Module | None) -> nn.Module:
     "The last steps of `load`."
     held = held_beside(skeleton if model is None else model)
     fill(skeleton, rows, values)
@@ -446,7 +446,7 @@ def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict, model: nn.
     return skeleton.eval()
 
 # %% ../nbs/workshop/exchange.ipynb
-def from_others(opened: Opened, model: nn.Module | None, rename: Callable | None) -> nn.Module:
+def from_others(opened: Opened, model: nn.Module | None, rename: Callable[[str], str] | None) -> nn.Module:
     "Plain weights into the given model."
     demand(model is not None, "modelzip has not written it, so it does not say which architecture it has: pass a model")
     names, skeleton = renamed(opened.index, rename), hollow(model)
@@ -460,7 +460,7 @@ def from_others(opened: Opened, model: nn.Module | None, rename: Callable | None
 
 # %% ../nbs/workshop/exchange.ipynb
 def put_together(
-    opened: Opened, model: nn.Module | None, rename: Callable | None = None, joint: str = "/"
+    opened: Opened, model: nn.Module | None, rename: Callable[[str], str] | None = None, joint: str = "/"
 ) -> nn.Module:
     "A model from what a file of any format holds. `PackError` if it cannot be what was sent."
     if opened.note is None:
@@ -486,7 +486,7 @@ def checked(name: str, opened: Opened, index: dict[str, Part], crc: dict[str, An
     return t
 
 
-def as_manifest(about: dict) -> dict:
+def as_manifest(about: dict[str, Any]) -> dict[str, Any]:
     return about | {"modelzip": VERSION if about["modelzip"] > 1 else 1}
 
 # %% ../nbs/workshop/exchange.ipynb
@@ -678,7 +678,7 @@ def to_safetensors(
 def read_header(
     f: BinaryIO,
     size: int,  # of the file
-) -> tuple[dict, int]:  # the header; where the numbers begin
+) -> tuple[dict[str, Any], int]:  # the header; where the numbers begin
     """The JSON of a safetensors file.
 
     Parameters
@@ -689,7 +689,7 @@ def read_header(
 
     Returns
     -------
-    tuple[dict, int]
+    tuple[dict[str, Any], int]
         the header; where the numbers begin
     """
     n = int.from_bytes(f.read(8), "little")
@@ -743,14 +743,14 @@ def check_entry(
 
 # %% ../nbs/workshop/exchange.ipynb
 def safetensors_index(
-    header: dict,
+    header: dict[str, Any],
     size: int,  # bytes of numbers
 ) -> dict[str, Part]:
     """Where each tensor lies; together they cover the numbers exactly once.
 
     Parameters
     ----------
-    header : dict
+    header : dict[str, Any]
     size : int
         bytes of numbers
     """
@@ -928,7 +928,7 @@ def to_npz(
 def numpy_part(
     name: str,
     dtype: np.dtype,
-    shape: tuple,
+    shape: tuple[int, ...],
     offset: int,  # of its numbers
     nbytes: int,  # that are there
 ) -> Part:
@@ -938,7 +938,7 @@ def numpy_part(
     ----------
     name : str
     dtype : np.dtype
-    shape : tuple
+    shape : tuple[int, ...]
     offset : int
         of its numbers
     nbytes : int
@@ -1039,7 +1039,7 @@ def npz_arrays(
 
 def npz_note(
     part: Part,
-    read: Callable,
+    read: Callable[..., Any],
     packed: int,  # bytes in the file
 ) -> dict[str, str]:
     """Our text in an npz file; the archive has a checksum for it already.
@@ -1047,7 +1047,7 @@ def npz_note(
     Parameters
     ----------
     part : Part
-    read : Callable
+    read : Callable[..., Any]
     packed : int
         bytes in the file
     """
@@ -1117,10 +1117,12 @@ def h5_name(path: str) -> str:
 class Patient:
     "A file whose methods never fail; `settle` raises the first error that there was."
 
+    error: OSError | None
+
     def __init__(self, f: BinaryIO):
         self.f, self.error = f, None
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         def call(*args):
             try:
                 if self.error is None:
@@ -1131,9 +1133,13 @@ class Patient:
 
         return call
 
-    def settle(self):
+    def settle(self) -> None:
         if self.error is not None:
             raise self.error
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: BinaryIO
 
 # %% ../nbs/workshop/exchange.ipynb
 def to_hdf5(
@@ -1333,7 +1339,7 @@ def from_hdf5(
             return put_together(open_hdf5(f, h), model, rename, joint=".")
 
 # %% ../nbs/workshop/exchange.ipynb
-def target(folder: str | os.PathLike, name: Any) -> Path:
+def target(folder: str | os.PathLike[str], name: Any) -> Path:
     "The file for a name: in the folder, with `.mz` behind it."
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"models gives the name {quoted(name)}; it may be a text or a path")
@@ -1341,7 +1347,7 @@ def target(folder: str | os.PathLike, name: Any) -> Path:
     return Path(os.fsdecode(folder), name if name.endswith(".mz") else f"{name}.mz")
 
 
-def check_pair(pair: Any) -> tuple:
+def check_pair(pair: Any) -> tuple[Any, ...]:
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise TypeError(f"models gives a {type(pair).__name__}; it may give pairs of a name and a model")
     return tuple(pair)
@@ -1354,20 +1360,20 @@ def progress_bar(xs: Any, what: str, progress: bool) -> tqdm:
 
 # %% ../nbs/workshop/exchange.ipynb
 def save_next(
-    pairs: Iterator,
-    folder: str | os.PathLike,
+    pairs: Iterator[Any],
+    folder: str | os.PathLike[str],
     paths: list[Path],  # gets the new one
-    options: dict,
+    options: dict[str, Any],
 ) -> bool:  # whether there was another
     """Save the next model. When this function returns, nothing here holds it.
 
     Parameters
     ----------
-    pairs : Iterator
-    folder : str | os.PathLike
+    pairs : Iterator[Any]
+    folder : str | os.PathLike[str]
     paths : list[Path]
         gets the new one
-    options : dict
+    options : dict[str, Any]
 
     Returns
     -------
@@ -1423,7 +1429,9 @@ def save_many(
     return paths
 
 # %% ../nbs/workshop/exchange.ipynb
-def loaded(paths: Iterable, model: nn.Module | None, progress: bool, options: dict) -> Iterator[tuple[Path, nn.Module]]:
+def loaded(
+    paths: Iterable[Any], model: nn.Module | None, progress: bool, options: dict[str, Any]
+) -> Iterator[tuple[Path, nn.Module]]:
     "The generator behind `load_many`."
     with progress_bar(paths, "load", progress) as bar:
         for path in paths:

@@ -191,9 +191,9 @@ def integer_conv2d(
     x: Tensor,  # [batch, channels, height, width] finite float32
     weight: Tensor,  # [outputs, channels/groups, height, width] int8 codes, symmetric
     scale: Tensor,  # [outputs] float32
-    stride: tuple = (1, 1),  # as in nn.Conv2d
-    padding: tuple = (0, 0),  # zeros added on each side
-    dilation: tuple = (1, 1),  # distance of a filter's taps
+    stride: tuple[int, int] = (1, 1),  # as in nn.Conv2d
+    padding: tuple[int, int] = (0, 0),  # zeros added on each side
+    dilation: tuple[int, int] = (1, 1),  # distance of a filter's taps
     groups: int = 1,  # blocks of channels that do not mix
     reduce_range: bool = False,  # 7-bit activations
 ) -> Tensor:  # [batch, outputs, height, width] float32
@@ -207,11 +207,11 @@ def integer_conv2d(
         [outputs, channels/groups, height, width] int8 codes, symmetric
     scale : Tensor
         [outputs] float32
-    stride : tuple, default (1, 1)
+    stride : tuple[int, int], default (1, 1)
         as in nn.Conv2d
-    padding : tuple, default (0, 0)
+    padding : tuple[int, int], default (0, 0)
         zeros added on each side
-    dilation : tuple, default (1, 1)
+    dilation : tuple[int, int], default (1, 1)
         distance of a filter's taps
     groups : int, default 1
         blocks of channels that do not mix

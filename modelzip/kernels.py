@@ -52,7 +52,7 @@ _all_ = [
 ]
 
 # %% ../nbs/workshop/kernels.ipynb
-KERNELS = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
+KERNELS: dict[type, Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
 RECURRENT = nn.LSTM, nn.GRU  # wrapped once for each of their matrices; the outermost wrapper is exchanged
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these read their layers' weights and do not call them
 
@@ -187,7 +187,7 @@ def without_hooks(layer: nn.Module) -> nn.Module:
     return bare
 
 
-def carry_chain(m: Dequantize, new: nn.Module, memo: dict) -> None:
+def carry_chain(m: Dequantize, new: nn.Module, memo: dict[int, Any]) -> None:
     """Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest
     to what is computed. In the copy they belong to the copy."""
     chain = [m]

@@ -11,6 +11,7 @@ __all__ = ['rotary_angles', 'rotary', 'KeyValueCache', 'GroupedAttention', 'Gate
 # %% ../nbs/13c_language.ipynb
 #| code-fold: true
 #| code-summary: "Imports of the module"
+from typing import TYPE_CHECKING
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -133,7 +134,7 @@ class GroupedAttention(SettingsInState, nn.Module):
     """Attention in which several heads of queries share one of keys and values (Ainslie et al. 2023,
     arXiv:2305.13245), with rotary positions. Its state says how many heads it has."""
 
-    in_state = ("heads", "kv_heads")
+    in_state: tuple[str, ...] = ("heads", "kv_heads")
 
     def __init__(self, width: int, heads: int, kv_heads: int):
         super().__init__()
@@ -142,7 +143,7 @@ class GroupedAttention(SettingsInState, nn.Module):
         self.query, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.key, self.value = nn.Linear(width, shared, bias=False), nn.Linear(width, shared, bias=False)
 
-    def check_settings(self, heads, kv_heads, width=None):
+    def check_settings(self, heads: int, kv_heads: int, width: int | None = None) -> None:
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
             raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
         check_heads(heads, kv_heads, width)
@@ -158,6 +159,15 @@ class GroupedAttention(SettingsInState, nn.Module):
         how = dict(attn_mask=seen, is_causal=new > 1 and not past, enable_gqa=self.heads > self.kv_heads)
         return self.out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        heads: int
+        kv_heads: int
+        query: nn.Linear
+        out: nn.Linear
+        key: nn.Linear
+        value: nn.Linear
+
 # %% ../nbs/13c_language.ipynb
 class GatedDense(nn.Module):
     "SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) · up x)."
@@ -169,6 +179,12 @@ class GatedDense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        gate: nn.Linear
+        up: nn.Linear
+        down: nn.Linear
 
 # %% ../nbs/13c_language.ipynb
 class LlamaBlock(nn.Module):
@@ -182,6 +198,13 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), angles, cache, layer)
         return x + self.feed(self.norm(x))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        attention_norm: nn.RMSNorm
+        attention: GroupedAttention
+        norm: nn.RMSNorm
+        feed: GatedDense
 
 # %% ../nbs/13c_language.ipynb
 class Llama(nn.Module):
@@ -208,6 +231,8 @@ class Llama(nn.Module):
     tied : bool, default True
         scores by the table of the words themselves
     """
+
+    head_width: int
 
     def __init__(
         self,
@@ -243,6 +268,15 @@ class Llama(nn.Module):
             for i, block in enumerate(self.blocks):
                 x = block(x, angles, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        context: int
+        base: float
+        words: nn.Embedding
+        blocks: nn.ModuleList
+        norm: nn.RMSNorm
+        head: nn.Linear
 
 # %% ../nbs/13c_language.ipynb
 @register_model("llama")

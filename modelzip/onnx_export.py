@@ -237,22 +237,24 @@ FORMS = ("qdq", "integers")  # of layers whose input has a known range
 
 def graph_of(
     model: nn.Module,
-    example: tuple,  # of tensors, in the order of the layout where there is one
-    dynamic: dict | tuple | list,
+    example: tuple[Tensor, ...],  # of tensors, in the order of the layout where there is one
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any],
     opset: int = 21,
     microsoft: bool = False,
     form: str = "qdq",
     layout: Layout | None = None,  # of the call; None: the tensors are the arguments
     bare: bool = False,  # also a model without compressed layers
-) -> tuple[Any, dict]:  # onnx.ModelProto; free dimensions that may not have every size: name → least and largest
+) -> tuple[
+    Any, dict[str, Any]
+]:  # onnx.ModelProto; free dimensions that may not have every size: name → least and largest
     """A model as a graph, see `to_onnx`; with a layout inputs and outputs have the names that it says.
 
     Parameters
     ----------
     model : nn.Module
-    example : tuple
+    example : tuple[Tensor, ...]
         of tensors, in the order of the layout where there is one
-    dynamic : dict | tuple | list
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
     opset : int, default 21
     microsoft : bool, default False
     form : str, default 'qdq'
@@ -263,7 +265,7 @@ def graph_of(
 
     Returns
     -------
-    tuple[Any, dict]
+    tuple[Any, dict[str, Any]]
         onnx.ModelProto; free dimensions that may not have every size: name → least and largest
     """
     if empty := [tuple(x.shape) for x in example if not x.numel()]:
@@ -393,7 +395,7 @@ def _compare(model, path, example, dynamic, sizes):
 
 # %% ../nbs/workshop/onnx_export.ipynb
 def onnx_session(
-    file: bytes | str | os.PathLike,  # content, or path
+    file: bytes | str | os.PathLike[str],  # content, or path
     threads: int,
     exact: bool = True,  # False: float activations may be rounded to 8 bits in front of expanded weights
     spinning: bool = True,  # threads wait for the next call by turning in a loop
@@ -402,7 +404,7 @@ def onnx_session(
 
     Parameters
     ----------
-    file : bytes | str | os.PathLike
+    file : bytes | str | os.PathLike[str]
         content, or path
     threads : int
     exact : bool, default True
@@ -425,7 +427,7 @@ def onnx_session(
 
 
 def onnx_model(
-    path: bytes | str | os.PathLike,  # an ONNX file, or its content
+    path: bytes | str | os.PathLike[str],  # an ONNX file, or its content
     threads: int | None = None,  # of ONNX Runtime; None: as many as PyTorch uses
     # expanded weights multiply float activations; False: ONNX Runtime may round these to 8 bits on the way, which is
     # quicker
@@ -435,7 +437,7 @@ def onnx_model(
 
     Parameters
     ----------
-    path : bytes | str | os.PathLike
+    path : bytes | str | os.PathLike[str]
         an ONNX file, or its content
     threads : int | None, default None
         of ONNX Runtime; None: as many as PyTorch uses
@@ -468,13 +470,13 @@ def onnx_model(
 
 # %% ../nbs/workshop/onnx_export.ipynb
 def onnx_bytes(
-    path: str | os.PathLike,  # an ONNX file
+    path: str | os.PathLike[str],  # an ONNX file
 ) -> dict[str, int]:  # bytes of the stored tensors by their dtype, the largest first
     """What a file is made of: a weight that is stored as float shows at once.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         an ONNX file
 
     Returns

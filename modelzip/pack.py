@@ -41,13 +41,13 @@ def arranged(pieces: list[Piece], archive: bool) -> list[tuple[Piece, bool, int]
     return [(p, archive and p.tensor.nbytes >= big, align(p)) for p in sorted(pieces, key=key)]
 
 # %% ../nbs/05_pack.ipynb
-def write_file(f: BinaryIO, manifest: dict, stored: Any) -> None:  # stored: of `coded_pieces`
+def write_file(f: BinaryIO, manifest: dict[str, Any], stored: Any) -> None:  # stored: of `coded_pieces`
     """Write a whole `.mz` file. The manifest gets the lowest version that can read it.
 
     Parameters
     ----------
     f : BinaryIO
-    manifest : dict
+    manifest : dict[str, Any]
     stored : Any
 
     Returns
@@ -128,7 +128,9 @@ def load(
     mmap: bool = False,
     # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     verify: bool = True,
-    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
+    base: str
+    | os.PathLike[str]
+    | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
     `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened.
@@ -144,7 +146,7 @@ def load(
         use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     verify : bool, default True
         with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
-    base : str | os.PathLike | None, default None
+    base : str | os.PathLike[str] | None, default None
         of an update: where its base is; None: beside it, under its former name
 
     Returns
@@ -171,7 +173,9 @@ def load(
 def read_tensor(
     path: str | os.PathLike[str],  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
-    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
+    base: str
+    | os.PathLike[str]
+    | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
     name, `PackError` as for `load`.
@@ -182,7 +186,7 @@ def read_tensor(
         a `.mz` file
     name : str
         of the tensor, as in the state dict of the uncompressed model
-    base : str | os.PathLike | None, default None
+    base : str | os.PathLike[str] | None, default None
         of an update: where its base is; None: beside it, under its former name
 
     Returns

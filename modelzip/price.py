@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distill import Loss
+from .distill import Loss, Seen
 from .qat import ActivationQuantizer, WeightQuantizer, quantizers_of, straight_through
 from .quant import as_blocks, from_blocks
 
@@ -103,6 +103,8 @@ class EntropyBits(Loss):
         prepared; the one that is trained
     """
 
+    model: tuple[nn.Module]
+
     def __init__(
         self,
         model: nn.Module,  # prepared; the one that is trained
@@ -111,7 +113,7 @@ class EntropyBits(Loss):
         quantizers_of(model)
         self.model = (model,)  # in a tuple, so that its parameters are not found twice
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         return entropy_bits(self.model[0]) / 1000
 
     def __repr__(self) -> str:
@@ -164,7 +166,7 @@ class StepAdam(torch.optim.Adam):
             groups += [{**g, "params": side, "share": s} for side, s in zip(sides, (1.0, share)) if side]
         super().__init__(groups, lr=lr, **options)
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         "One step of Adam; schedules see and set the full rates."
         rates = [g["lr"] for g in self.param_groups]
         try:

@@ -13,6 +13,7 @@ __all__ = ['prune_model', 'sensitivity', 'prune_gradually', 'lottery_ticket', 'I
 #| code-summary: "Imports"
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,14 @@ def prune_model(
     granularity: str = "weight",
     # among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's own
     scope: str | None = None,
-    schedule: str | Callable = "one-shot",  # a name in `SCHEDULES`, or a function (t, final, initial)
-    batches: Iterable | Split | None = None,  # for criteria that look at data
+    schedule: str
+    | Callable[[float, float, float], float] = "one-shot",  # a name in `SCHEDULES`, or a function (t, final, initial)
+    batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
     steps: int | None = None,  # times that are pruned; None: 1 for 'one-shot', else 8
     retrain: Callable[[nn.Module, int], None] | None = None,  # called as retrain(model, step) after each
-    loss: Callable | None = None,  # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
-    **more,  # of `Pruner`: layers, skip, allow_empty
+    loss: Callable[[nn.Module, Any], Tensor]
+    | None = None,  # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
+    **more: Any,  # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:  # a copy with masks
     """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real
     afterwards. Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning
@@ -108,15 +111,15 @@ def prune_model(
     scope : str | None, default None
         among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's
         own
-    schedule : str | Callable, default 'one-shot'
+    schedule : str | Callable[[float, float, float], float], default 'one-shot'
         a name in `SCHEDULES`, or a function (t, final, initial)
-    batches : Iterable | Split | None, default None
+    batches : Iterable[Any] | Split | None, default None
         for criteria that look at data
     steps : int | None, default None
         times that are pruned; None: 1 for 'one-shot', else 8
     retrain : Callable[[nn.Module, int], None] | None, default None
         called as retrain(model, step) after each
-    loss : Callable | None, default None
+    loss : Callable[[nn.Module, Any], Tensor] | None, default None
         (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
     layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
@@ -150,10 +153,10 @@ def sensitivity(
     sparsities: Iterable[float] = (0.5, 0.8, 0.9, 0.95, 0.98),  # of each layer in its turn
     criterion: str | Criterion = "magnitude",
     granularity: str = "weight",
-    batches: Iterable | Split | None = None,  # for criteria that look at data
+    batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
     layers: tuple[type, ...] = PRUNABLE,  # classes
     skip: Iterable[str] = (),  # names or patterns
-    **more,  # of `prune_model`: loss …
+    **more: Any,  # of `prune_model`: loss …
 ) -> Sensitivity:
     """Prune each layer alone, at each share, and evaluate.
 
@@ -167,7 +170,7 @@ def sensitivity(
         of each layer in its turn
     criterion : str | Criterion, default 'magnitude'
     granularity : str, default 'weight'
-    batches : Iterable | Split | None, default None
+    batches : Iterable[Any] | Split | None, default None
         for criteria that look at data
     layers : tuple[type, ...], default PRUNABLE
         classes
@@ -176,13 +179,13 @@ def sensitivity(
     scope : str | None, default None
         among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's
         own
-    schedule : str | Callable, default 'one-shot'
+    schedule : str | Callable[[float, float, float], float], default 'one-shot'
         a name in `SCHEDULES`, or a function (t, final, initial)
     steps : int | None, default None
         times that are pruned; None: 1 for 'one-shot', else 8
     retrain : Callable[[nn.Module, int], None] | None, default None
         called as retrain(model, step) after each
-    loss : Callable | None, default None
+    loss : Callable[[nn.Module, Any], Tensor] | None, default None
         (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
     allow_empty : bool, default False
         may a layer lose all its weights?
@@ -206,11 +209,11 @@ def prune_gradually(
     epochs: int = 12,  # of training, during which masks tighten
     lr: float = 2e-3,  # highest learning rate of the one-cycle schedule
     until: float = 0.65,  # share of the epochs after which the sparsity is reached; the rest is for healing
-    schedule: str | Callable = "cubic",
+    schedule: str | Callable[[float, float, float], float] = "cubic",
     seed: int = 0,  # of the shuffling
     progress: bool = True,  # show a bar
-    batches: Iterable | Split | None = None,  # for criteria that look at data; None: the training data
-    **how,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
+    batches: Iterable[Any] | Split | None = None,  # for criteria that look at data; None: the training data
+    **how: Any,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
 ) -> nn.Module:  # a copy with masks, in eval mode
     """Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878).
 
@@ -228,12 +231,12 @@ def prune_gradually(
         highest learning rate of the one-cycle schedule
     until : float, default 0.65
         share of the epochs after which the sparsity is reached; the rest is for healing
-    schedule : str | Callable, default 'cubic'
+    schedule : str | Callable[[float, float, float], float], default 'cubic'
     seed : int, default 0
         of the shuffling
     progress : bool, default True
         show a bar
-    batches : Iterable | Split | None, default None
+    batches : Iterable[Any] | Split | None, default None
         for criteria that look at data; None: the training data
     criterion : str | Criterion, default 'magnitude'
     granularity : str, default 'weight'
@@ -269,8 +272,8 @@ def lottery_ticket(
     retrain: Callable[[nn.Module, int], None],  # called as retrain(model, round): trains in place
     sparsity: float,  # share of the weights that is gone at the end
     rounds: int = 5,  # of training, pruning, rewinding
-    schedule: str | Callable = "iterative",
-    **how,  # of `Pruner`: criterion, granularity, scope, batches …
+    schedule: str | Callable[[float, float, float], float] = "iterative",
+    **how: Any,  # of `Pruner`: criterion, granularity, scope, batches …
 ) -> nn.Module:  # the ticket: masks, and the weights that `model` began with
     """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
 
@@ -284,7 +287,7 @@ def lottery_ticket(
         share of the weights that is gone at the end
     rounds : int, default 5
         of training, pruning, rewinding
-    schedule : str | Callable, default 'iterative'
+    schedule : str | Callable[[float, float, float], float], default 'iterative'
     criterion : str | Criterion, default 'magnitude'
     granularity : str, default 'weight'
         'weight', 'row', 'column', 'kernel', '4x4', '2:4' …

@@ -177,7 +177,9 @@ def shrinkage(
 shrink = shrinkage  # its former name, which chapter 08 has for something else
 
 
-def scale_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float):
+def scale_step(
+    blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float
+) -> tuple[Tensor, Tensor]:
     "Σ|e|ᵖ; and the scale of least squares for the weights without what is excused."
     d = (blocks / scale + zero).round_().clamp_(0, levels - 1) - zero
     r = blocks - scale * d
@@ -186,7 +188,7 @@ def scale_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: f
     return r.abs().pow(p).sum(1, keepdim=True), torch.where(new > 0, new, scale)
 
 
-def zero_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float):
+def zero_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float) -> Tensor:
     "The zero point of least squares, as published: a mean, not a whole number."
     c = (blocks / scale + zero).round_().clamp_(0, levels - 1)
     r = blocks / scale - (c - zero)
@@ -325,7 +327,7 @@ def caught_up(
     return weight + share * move.reshape(weight.shape).to(weight.dtype)
 
 # %% ../nbs/10b_ptq.ipynb
-def quantize_in_order(job: Job, model: nn.Module, batches: list, catch_up: float) -> None:
+def quantize_in_order(job: Job, model: nn.Module, batches: list[Any], catch_up: float) -> None:
     "Statistics from the model as it is by now, then the matrices that they belong to; and on to the next."
     if not batches:
         raise ValueError("there is no data: batches is empty")
@@ -348,14 +350,17 @@ def quantize_in_order(job: Job, model: nn.Module, batches: list, catch_up: float
 # %% ../nbs/10b_ptq.ipynb
 @torch.no_grad()
 def quantize_with(
-    method: Callable,  # (weight, statistics, **options) → QTensor: `gptq_weight`, `hqq_weight` … or your own
+    method: Callable[..., Any],  # (weight, statistics, **options) → QTensor: `gptq_weight`, `hqq_weight` … or your own
     model: nn.Module,  # it is left as it is
-    batches: Iterable | None = None,  # calibration data, see `feed`: layers are done in order
+    batches: Iterable[Any] | None = None,  # calibration data, see `feed`: layers are done in order
     statistics: Statistics | None = None,  # instead: of the original model, for all layers; neither: no data
-    columns: Callable | None = None,  # (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
+    columns: Callable[..., Any]
+    | None = None,  # (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
     catch_up: float = 0.0,  # share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
-    overrides: dict | Callable | None = None,  # by name or pattern: options, None: left alone; or (name, layer) → those
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict[str, Any]
+    | Callable[[str, nn.Module], Any]
+    | None = None,  # by name or pattern: options, None: left alone; or (name, layer) → those
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     **options: Any,  # of the method: bits, group, symmetric …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
@@ -365,21 +370,21 @@ def quantize_with(
 
     Parameters
     ----------
-    method : Callable
+    method : Callable[..., Any]
         (weight, statistics, **options) → QTensor: `gptq_weight`, `hqq_weight` … or your own
     model : nn.Module
         it is left as it is
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         calibration data, see `feed`: layers are done in order
     statistics : Statistics | None, default None
         instead: of the original model, for all layers; neither: no data
-    columns : Callable | None, default None
+    columns : Callable[..., Any] | None, default None
         (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
     catch_up : float, default 0.0
         share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
-    overrides : dict | Callable | None, default None
+    overrides : dict[str, Any] | Callable[[str, nn.Module], Any] | None, default None
         by name or pattern: options, None: left alone; or (name, layer) → those
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
     **options : Any
         of the method: bits, group, symmetric …

@@ -453,7 +453,7 @@ def _without_quantizers(layer):
     return plain
 
 # %% ../nbs/workshop/qat.ipynb
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     "Functions of the chapter on the price of bits, which were here once."
     if name in ("EntropyBits", "StepAdam", "entropy_bits", "soft_counts"):
         from modelzip import price

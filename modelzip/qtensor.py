@@ -9,7 +9,7 @@ __all__ = ['bit_planes', 'packed_bytes', 'pack_bits', 'unpack_bits', 'Compressed
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -255,6 +255,35 @@ class QTensor(Shown, Sized, CompressedTensor, kind="quantized"):
             uint8 up to 8 bits, else int32; of shape `self.shape`
         """
         return unpack_bits(self.codes, self.bits, self.shape.numel()).reshape(self.shape)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def parts(self) -> dict[str, Tensor]:
+            "The tensors that a file stores."
+            ...
+
+        def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+            "Which parts are packed codes: their bits, their number, and below what they are."
+            ...
+
+        def meta(self) -> dict[Any, Any]:
+            "What a file's manifest says of it."
+            ...
+
+        @classmethod
+        def of_checked(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
+            "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
+            ...
+
+        @classmethod
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
+            """Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no
+            scales raise `ValueError` (nothing is trusted)."""
+            ...
+
+        def dequantize(self) -> Tensor:
+            "The numbers that the codes stand for, in the original shape and dtype."
+            ...
 
 # %% ../nbs/03a_qtensor.ipynb
 @patch

@@ -13,7 +13,7 @@ __all__ = ['QUANTIZABLE', 'Packed', 'Dequantize', 'quantize_layer', 'quantize_mo
 #| code-summary: "Imports of the module"
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -37,6 +37,9 @@ from .workshop.wrapping import set_parameter, settle, shallow_copy, without
 # %% ../nbs/03b_quant.ipynb
 class Packed(Parts):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
+
+    kind: str
+    kinds: dict[str, type]
 
     kinds = CompressedTensor.kinds
 
@@ -71,9 +74,11 @@ class Dequantize(Wrapper):
         its compressed value; a `Packed` is shared (tied weights)
     name : str, default 'weight'
         which parameter
-    **options
+    **options : Any
         what a subclass needs to be rebuilt
     """
+
+    training: bool
 
     kinds: dict[str, type] = {}
     operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
@@ -88,7 +93,7 @@ class Dequantize(Wrapper):
         layer: nn.Module,  # the layer whose parameter is replaced
         q: CompressedTensor | Packed,  # its compressed value; a `Packed` is shared (tied weights)
         name: str = "weight",  # which parameter
-        **options,  # what a subclass needs to be rebuilt
+        **options: Any,  # what a subclass needs to be rebuilt
     ):
         super().__init__()
         if options:
@@ -98,6 +103,19 @@ class Dequantize(Wrapper):
         self._modules["packed"] = q if isinstance(q, Packed) else Packed(q)
         self.packed.remember(old, name)
         self.training = layer.training
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        name: str
+
+        def expanded(self) -> nn.Module:
+            """The ordinary layer, for this moment: a copy that shares all but the expanded parameter (safe across
+            threads)."""
+            ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            "The layer's own forward pass, with the expanded parameter."
+            ...
 
 
 Dequantize.kinds["Dequantize"] = Dequantize
@@ -112,7 +130,7 @@ def expanded(self: Dequantize) -> nn.Module:
 
 
 @patch
-def forward(self: Dequantize, *args, **kwargs):
+def forward(self: Dequantize, *args: Any, **kwargs: Any) -> Any:
     "The layer's own forward pass, with the expanded parameter."
     if torch.compiler.is_compiling():
         return self.compiled_forward(*args, **kwargs)

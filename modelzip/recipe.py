@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -77,21 +77,21 @@ class Step:
 
 
 def register_step(
-    function: Callable,  # (model, …) → model; its name is the step's
-    *more: Callable,  # functions that its `**options` go to
+    function: Callable[..., Any],  # (model, …) → model; its name is the step's
+    *more: Callable[..., Any],  # functions that its `**options` go to
     optional: Iterable[str] = (),  # arguments that are given when they are there
     hidden: Iterable[str] = (),  # arguments that no recipe can say: objects
     **given: str,  # argument='batches', 'train', 'example', 'teacher' or 'statistics'
-) -> Callable:  # the function
+) -> Callable[..., Any]:  # the function
     """Let recipes name a function. `ValueError` when it has no name of its own, or when the name is taken by
     another function. The same function of the same module, executed anew as a notebook's cell is, takes its own
     place.
 
     Parameters
     ----------
-    function : Callable
+    function : Callable[..., Any]
         (model, …) → model; its name is the step's
-    *more : Callable
+    *more : Callable[..., Any]
         functions that its `**options` go to
     optional : Iterable[str], default ()
         arguments that are given when they are there
@@ -102,7 +102,7 @@ def register_step(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         the function
     """
     name = getattr(function, "__name__", None)
@@ -227,7 +227,7 @@ def quantize_others(
     group: int | None = None,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point in the middle
     overrides: (
-        dict | None
+        dict[str, Any] | None
     ) = None,  # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
 ) -> nn.Module:  # a copy; of a model in which they are all compressed already, the same model
     """Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that
@@ -243,7 +243,7 @@ def quantize_others(
         weights of a row that share a scale; None: one scale a row
     symmetric : bool, default True
         zero point in the middle
-    overrides : dict | None, default None
+    overrides : dict[str, Any] | None, default None
         by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
 
     Returns
@@ -301,19 +301,19 @@ class Samples:
 
     Parameters
     ----------
-    batches : list | None, default None
+    batches : list[Any] | None, default None
         to calibrate with, see `feed`
     train : Split | None, default None
         labelled, to train on
-    held : Split | list | None, default None
+    held : Split | list[Any] | None, default None
         to judge by: labelled, or batches; none of them is in `batches` or `train`
     example : Any, default None
         one input, as the model is called; or a batch
     """
 
-    batches: list | None = None  # to calibrate with, see `feed`
+    batches: list[Any] | None = None  # to calibrate with, see `feed`
     train: Split | None = None  # labelled, to train on
-    held: Split | list | None = None  # to judge by: labelled, or batches; none of them is in `batches` or `train`
+    held: Split | list[Any] | None = None  # to judge by: labelled, or batches; none of them is in `batches` or `train`
     example: Any = None  # one input, as the model is called; or a batch
 
 
@@ -425,7 +425,7 @@ def _fifth(data):
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
 
-def in_pieces(batch: Any) -> list:
+def in_pieces(batch: Any) -> list[Any]:
     "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
     plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
     n = length_of(batch) if plain else None
@@ -449,6 +449,9 @@ class Judge:
     evaluate : Callable[[nn.Module], float] | None, default None
         model → number, more is better
     """
+
+    baseline: float | None
+    exact: Any
 
     def __init__(
         self,
@@ -484,9 +487,14 @@ class Judge:
             raise ValueError(f"evaluate returned {score!r:.60}; it may return a finite number, more for better")
         return number
 
-    def outputs(self, model):
+    def outputs(self, model: nn.Module) -> dict[str, list[Tensor]]:
         with alone(), seeded(0), torch.no_grad():
             return rows_of(copied(model).eval(), self.samples.held)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        samples: Samples
+        evaluate: Callable[[nn.Module], float] | None
 
 
 class _Answer(nn.Module):
@@ -589,7 +597,7 @@ def _numbers(x):
     return int(x) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else x
 
 # %% ../nbs/workshop/recipe.ipynb
-def _to_dict(self) -> dict:
+def _to_dict(self) -> dict[str, Any]:
     "What JSON and a file's manifest hold; steps without arguments are their name alone."
     return {"seed": self.seed, "steps": [[n, how] if how else n for n, how in self.steps]}
 
@@ -600,7 +608,7 @@ def _to_json(self) -> str:
 
 
 def _from_dict(
-    content: dict,  # what `to_dict` gave
+    content: dict[str, Any],  # what `to_dict` gave
 ) -> Recipe:
     "Back from a dict; `ValueError` for what is no recipe."
     if not isinstance(content, Mapping) or set(content) != {"seed", "steps"}:
@@ -617,7 +625,7 @@ def _from_json(text: str) -> Recipe:
 
 
 def _from_file(
-    path: str | os.PathLike,  # a `.mz` file
+    path: str | os.PathLike[str],  # a `.mz` file
 ) -> Recipe:
     "The recipe that a file was made by. `ValueError` when it has none."
     info = _contents(path, entropy=False).info
@@ -762,7 +770,7 @@ RECIPES: dict[str, Recipe] = {
 # %% ../nbs/workshop/recipe.ipynb
 def file_of(
     model: nn.Module,  # compressed
-    path: str | os.PathLike,  # the file to write
+    path: str | os.PathLike[str],  # the file to write
     recipe: Recipe | None = None,  # kept in it
 ) -> tuple[int, nn.Module]:  # bytes of the file; the model that it holds
     """Save a model with its recipe, and load it again. What has a registered builder is loaded by the file alone.
@@ -771,7 +779,7 @@ def file_of(
     ----------
     model : nn.Module
         compressed
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write
     recipe : Recipe | None, default None
         kept in it
@@ -861,7 +869,7 @@ def _what_happened(trace):
     )
 
 
-def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
+def _one(recipe, model, samples, evaluate) -> tuple[dict[str, Any], bytes]:
     """What a worker does: follow, save, load, judge. It needs nothing but its arguments, works on copies, draws
     random numbers from the recipe's seed, and leaves nothing behind."""
     with alone(), tempfile.TemporaryDirectory() as folder, seeded(recipe["seed"]), torch.enable_grad():
@@ -871,7 +879,7 @@ def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
         return {"bytes": size, "quality": judge(expanded(back)), "metric": judge.metric}, path.read_bytes()
 
 
-def _safely(recipe, model, samples, evaluate) -> tuple[dict, bytes | None]:
+def _safely(recipe, model, samples, evaluate) -> tuple[dict[str, Any], bytes | None]:
     try:
         return _one(recipe, model, samples, evaluate)
     except (OSError, MemoryError, torch.OutOfMemoryError):
@@ -883,14 +891,14 @@ def _safely(recipe, model, samples, evaluate) -> tuple[dict, bytes | None]:
 class Cache:
     "Results in a folder: a JSON note and a `.mz` file each. Nothing is ever unpickled."
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, key: str) -> Path:
         return self.folder / f"{key}.mz"
 
-    def get(self, key: str) -> dict | None:
+    def get(self, key: str) -> dict[str, Any] | None:
         "What is noted; None when nothing is, or not all of it."
         try:
             note = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
@@ -899,12 +907,16 @@ class Cache:
             return None
         return note if crc == _checksum(note, content) else None
 
-    def put(self, key: str, note: dict, content: bytes | None) -> None:
+    def put(self, key: str, note: dict[str, Any], content: bytes | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
         if content is not None:
             with replacing(self.file(key)) as f:
                 f.write(content)
         write_whole(self.folder / f"{key}.json", json.dumps(note | {"crc": _checksum(note, content)}))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        folder: Path
 
 
 def _checksum(note, content):
@@ -912,13 +924,14 @@ def _checksum(note, content):
 
 # %% ../nbs/workshop/recipe.ipynb
 def grid_points(
-    grid: Mapping[str, Sequence] | Iterable[Mapping],  # lists of values: all combinations; or the points themselves
-) -> list[dict]:
+    grid: Mapping[str, Sequence[Any]]
+    | Iterable[Mapping[str, Any]],  # lists of values: all combinations; or the points themselves
+) -> list[dict[str, Any]]:
     """The points of a grid, in order.
 
     Parameters
     ----------
-    grid : Mapping[str, Sequence] | Iterable[Mapping]
+    grid : Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]]
         lists of values: all combinations; or the points themselves
     """
     if isinstance(grid, Mapping):
@@ -937,15 +950,15 @@ def grid_points(
 
 # %% ../nbs/workshop/recipe.ipynb
 def pareto(
-    results: Iterable,  # of `sweep`; or anything with these attributes or keys
+    results: Iterable[Any],  # of `sweep`; or anything with these attributes or keys
     smaller: Sequence[str] = ("bytes",),  # what should be small
     larger: Sequence[str] = ("quality",),  # what should be large
-) -> list:  # those that no other dominates, smallest first; equal ones all stay
+) -> list[Any]:  # those that no other dominates, smallest first; equal ones all stay
     """The Pareto front. What failed, or lacks a number, is left out.
 
     Parameters
     ----------
-    results : Iterable
+    results : Iterable[Any]
         of `sweep`; or anything with these attributes or keys
     smaller : Sequence[str], default ('bytes',)
         what should be small
@@ -954,7 +967,7 @@ def pareto(
 
     Returns
     -------
-    list
+    list[Any]
         those that no other dominates, smallest first; equal ones all stay
     """
     if not [*smaller, *larger]:
@@ -978,6 +991,8 @@ class Results(list[Any]):
     Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the
     one that uses it.
     """
+
+    folder: Path | None
 
     def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike[str] | None = None):
         super().__init__(results)

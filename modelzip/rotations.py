@@ -10,7 +10,7 @@ __all__ = ['PRIMES', 'incoherence', 'paley', 'orders_of', 'hadamard', 'hadamard_
 #| code-summary: "Imports of the module"
 import functools, math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,8 @@ class Turn(nn.Module):
         of the signs; None: all are +
     """
 
+    block: int
+
     def __init__(
         self,
         width: int,  # numbers with signs of their own; the last axis may hold several times as many
@@ -212,6 +214,11 @@ class Turn(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width}, block={self.block}{', back' * self.back}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        width: int
+        back: bool
 
 # %% ../nbs/10d_rotations.ipynb
 @torch.no_grad()

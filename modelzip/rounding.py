@@ -11,7 +11,7 @@ __all__ = ['scale_and_zero_point', 'symmetric_zero_point', 'number_of_blocks', '
 #| code-summary: "Imports of the module"
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def symmetric_zero_point(levels: int) -> float:
     return 0.5 if levels == 2 else float(levels // 2)
 
 # %% ../nbs/03_rounding.ipynb
-def number_of_blocks(shape: tuple, axis: int | None, group: int | None) -> int:
+def number_of_blocks(shape: tuple[int, ...], axis: int | None, group: int | None) -> int:
     "How many scales a tensor of this shape needs."
     shape = torch.Size(shape)
     if group is not None:
@@ -106,7 +106,7 @@ def as_blocks(
     return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_rounding.ipynb
-def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | None) -> Tensor:
+def from_blocks(blocks: Tensor, shape: tuple[int, ...], axis: int | None, group: int | None) -> Tensor:
     "The inverse of `as_blocks`: drop the padding, restore the shape."
     shape = torch.Size(shape)
     if not shape.numel():
@@ -145,7 +145,7 @@ class Percentile(MinMax):
             raise ValueError(f"percent is {percent}; it may be above 0 and up to 100")
         self.percent = percent
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if symmetric and levels == 2:
             return mean_magnitude(blocks)
         m, share = blocks.shape[1], Fraction(str(self.percent)) / 100  # exact: 99.9 % of 1,000 are 999
@@ -154,6 +154,10 @@ class Percentile(MinMax):
             return -high, high
         k = math.ceil(m * (1 + share) / 2)
         return blocks.kthvalue(m + 1 - k, dim=1).values, blocks.kthvalue(k, dim=1).values
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        percent: float
 
 # %% ../nbs/03_rounding.ipynb
 class MSE(MinMax):
@@ -164,7 +168,7 @@ class MSE(MinMax):
             raise ValueError(f"steps is {steps} and smallest {smallest}; they may be 2 or more, and between 0 and 1")
         self.steps, self.smallest = steps, smallest
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         low, high = super().__call__(blocks, levels, symmetric)
         shares = torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").to(low.device)
         best, wide = torch.ones_like(low), torch.promote_types(blocks.dtype, torch.float32)
@@ -176,6 +180,11 @@ class MSE(MinMax):
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             best[b] = shares[least_errors(blocks[b] / unit, scale, zero, levels, symmetric)].to(best.dtype)
         return low * best, high * best
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        steps: int
+        smallest: float
 
 # %% ../nbs/03_rounding.ipynb
 OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE}  # the workshop adds "entropy"

@@ -12,6 +12,7 @@ __all__ = ['Magnitude', 'Gradient', 'Taylor', 'Fisher', 'removal_cost', 'Wanda',
 #| code-summary: "Imports"
 import math
 from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,16 +34,20 @@ class Magnitude(Criterion):
             raise ValueError(f"p is {p!r}; it may be 1 or 2")
         self.p = p
 
-    def score(self, weight, seen=None):
+    def score(self, weight: Tensor, seen: Any = None) -> Tensor:
         return weight.abs() if self.p == 1 else weight.square()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        p: int
 
 # %% ../nbs/07_saliency.ipynb
 class Gradient(Criterion):
     "|∂L/∂w|."
 
-    needs = "gradient"
+    needs: str = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.gradient.abs()
 
 
@@ -50,9 +55,9 @@ class Taylor(Criterion):
     """|w·∂L/∂w|, the first order of the loss (Molchanov et al. 2017, arXiv:1611.06440); at initialization it is
     SNIP (Lee et al. 2019, arXiv:1810.02340)."""
 
-    needs = "gradient"
+    needs: str = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return (weight * seen.gradient).abs()
 
 
@@ -60,9 +65,9 @@ class Fisher(Criterion):
     """½ F w², Optimal Brain Damage (LeCun et al. 1989) with the empirical Fisher information. Small batches
     estimate it better."""
 
-    needs = "gradient"
+    needs: str = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.fisher * weight.square() / 2
 
 # %% ../nbs/07_saliency.ipynb
@@ -94,7 +99,7 @@ class Wanda(Criterion):
 
     needs, scope = "power", "output"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return (as_matrices(weight, len(seen.power)).abs() * seen.power.to(weight.dtype).sqrt()[:, None]).reshape(
             weight.shape
         )
@@ -193,8 +198,12 @@ class Surgeon(Criterion):
     def __init__(self, damping: float = 0.01):
         self.damping = damping
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        damping: float
 
 # %% ../nbs/07_saliency.ipynb
 CRITERIA |= {"magnitude": Magnitude, "l1": Magnitude, "l2": lambda: Magnitude(2), "gradient": Gradient}
@@ -280,7 +289,9 @@ def refit_weight(
 def prune_columns(
     w: Tensor,  # [columns, rows], changed in place
     U: Tensor,  # [columns, columns]: `inverse_factor` of H
-    spans: list,  # blocks of columns, each a list of groups (start, end) that are chosen together
+    spans: list[
+        list[tuple[int, int]]
+    ],  # blocks of columns, each a list of groups (start, end) that are chosen together
     choose: Callable[
         [Tensor, int, int], Tensor
     ],  # (scores [columns, rows] of a group, its start, its end) → bool: goes
@@ -294,7 +305,7 @@ def prune_columns(
         [columns, rows], changed in place
     U : Tensor
         [columns, columns]: `inverse_factor` of H
-    spans : list
+    spans : list[list[tuple[int, int]]]
         blocks of columns, each a list of groups (start, end) that are chosen together
     choose : Callable[[Tensor, int, int], Tensor]
         (scores [columns, rows] of a group, its start, its end) → bool: goes

@@ -10,6 +10,7 @@ __all__ = ['whole_codes', 'balanced', 'copies_of', 'split_codes', 'choose_static
 #| code-summary: "Imports of the module"
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,14 +164,15 @@ def packed_weight(weight: Tensor, codes: Tensor, steps: Tensor, way: Way) -> QTe
 @torch.no_grad()
 def choose_static(
     model: nn.Module,  # it is left as it is
-    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    batches: Iterable[Any],  # calibration data: tensors, tuples or dicts, see `feed`
     observer: str = "minmax",  # of the range of an input: 'minmax', 'percentile', 'mse', 'entropy'
     alphas: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),  # balances that are tried, beside none
     copies: int = 8,  # of inputs whose columns reach far, where the layer before can make them; 0: none
     weights: str = "gptq",  # how weights are rounded: 'gptq' where that is better, or 'nearest'
     biases: bool = True,  # take the mean of the error off, where that is better
     limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
-    overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    overrides: Mapping[str, Any]
+    | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
     attention: bool = False,  # also the products of attentions, up to `limit`; `overrides` may name them
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
@@ -181,7 +183,7 @@ def choose_static(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable
+    batches : Iterable[Any]
         calibration data: tensors, tuples or dicts, see `feed`
     observer : str, default 'minmax'
         of the range of an input: 'minmax', 'percentile', 'mse', 'entropy'
@@ -195,7 +197,7 @@ def choose_static(
         take the mean of the error off, where that is better
     limit : float | None, default None
         a linear layer that errs more keeps a range for each row, if it errs less with that
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern of a layer: 'static', 'row', or None to leave it alone
     attention : bool, default False
         also the products of attentions, up to `limit`; `overrides` may name them
@@ -240,9 +242,10 @@ def choose_static(
 @options_of(choose_static)
 def quantize_static(
     model: nn.Module,  # any model; it is left as it is
-    batches: Iterable | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
-    chosen: Mapping | None = None,  # of `choose_static`, for this model; None: choose now
-    **how,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
+    batches: Iterable[Any]
+    | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
+    chosen: Mapping[str, Any] | None = None,  # of `choose_static`, for this model; None: choose now
+    **how: Any,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
 ) -> nn.Module:  # a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
     """Post-training quantization with input ranges that are fixed beforehand (Jacob et al. 2018, arXiv:1712.05877),
     behind column scales (Xiao et al. 2022, arXiv:2211.10438). BatchNorms are folded into convolutions first. All
@@ -253,9 +256,9 @@ def quantize_static(
     ----------
     model : nn.Module
         any model; it is left as it is
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
-    chosen : Mapping | None, default None
+    chosen : Mapping[str, Any] | None, default None
         of `choose_static`, for this model; None: choose now
     observer : str, default 'minmax'
         of the range of an input: 'minmax', 'percentile', 'mse', 'entropy'
@@ -269,7 +272,7 @@ def quantize_static(
         take the mean of the error off, where that is better
     limit : float | None, default None
         a linear layer that errs more keeps a range for each row, if it errs less with that
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern of a layer: 'static', 'row', or None to leave it alone
     attention : bool, default False
         also the products of attentions, up to `limit`; `overrides` may name them

@@ -205,7 +205,7 @@ def rank_for(
     return max(1, int((tail.sqrt() > error).sum()))
 
 # %% ../nbs/08b_structured.ipynb
-def two_layers(layer: nn.Module, rank: int, svd: tuple) -> nn.Sequential:
+def two_layers(layer: nn.Module, rank: int, svd: tuple[Tensor, Tensor, Tensor]) -> nn.Sequential:
     """Into the `rank` most important directions, and out of them again. Frozen remains frozen, hooks are called as
     before."""
     u, s, v = svd[0][:, :rank], svd[1][:rank].sqrt(), svd[2][:rank]
@@ -223,7 +223,7 @@ def two_layers(layer: nn.Module, rank: int, svd: tuple) -> nn.Sequential:
 def error_within(
     model: nn.Module,
     found: dict[str, nn.Module],
-    svds: dict[str, tuple],
+    svds: dict[str, tuple[Tensor, Tensor, Tensor]],
     budget: float,  # bytes of the whole model
 ) -> float:
     """The smallest error, the same for all layers, that keeps to a budget.
@@ -232,7 +232,7 @@ def error_within(
     ----------
     model : nn.Module
     found : dict[str, nn.Module]
-    svds : dict[str, tuple]
+    svds : dict[str, tuple[Tensor, Tensor, Tensor]]
     budget : float
         bytes of the whole model
     """

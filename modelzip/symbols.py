@@ -106,18 +106,18 @@ def divergence(
 
 # %% ../nbs/04_symbols.ipynb
 def huffman_lengths(
-    counts: dict,  # symbol: how often it occurs; symbols that never do get no word
-) -> dict:  # symbol: length of its word in bits
+    counts: dict[Any, int],  # symbol: how often it occurs; symbols that never do get no word
+) -> dict[Any, int]:  # symbol: length of its word in bits
     """Word lengths of the prefix code with the fewest bits (Huffman 1952). A symbol that is alone gets one bit.
 
     Parameters
     ----------
-    counts : dict
+    counts : dict[Any, int]
         symbol: how often it occurs; symbols that never do get no word
 
     Returns
     -------
-    dict
+    dict[Any, int]
         symbol: length of its word in bits
     """
     heap = [(n, i, [s]) for i, (s, n) in enumerate(counts.items()) if n > 0]
@@ -133,18 +133,18 @@ def huffman_lengths(
 
 # %% ../nbs/04_symbols.ipynb
 def canonical_codes(
-    lengths: dict,  # symbol: length of its word in bits
-) -> dict:  # symbol: its word, of '0' and '1'
+    lengths: dict[Any, int],  # symbol: length of its word in bits
+) -> dict[Any, str]:  # symbol: its word, of '0' and '1'
     """The prefix code with these lengths whose words ascend; `ValueError` when they break Kraft's inequality.
 
     Parameters
     ----------
-    lengths : dict
+    lengths : dict[Any, int]
         symbol: length of its word in bits
 
     Returns
     -------
-    dict
+    dict[Any, str]
         symbol: its word, of '0' and '1'
     """
     words, code, last = {}, 0, 0
@@ -160,23 +160,23 @@ def canonical_codes(
 # %% ../nbs/04_symbols.ipynb
 def read_words(
     bits: str,  # words of a prefix code, one after the other
-    words: dict,  # symbol: its word
+    words: dict[Any, str],  # symbol: its word
     n: int,  # how many symbols to read
-) -> list:  # the symbols
+) -> list[Any]:  # the symbols
     """Read a prefix code; `CodingError` when the bits end within a word.
 
     Parameters
     ----------
     bits : str
         words of a prefix code, one after the other
-    words : dict
+    words : dict[Any, str]
         symbol: its word
     n : int
         how many symbols to read
 
     Returns
     -------
-    list
+    list[Any]
         the symbols
     """
     symbol_of, longest = {w: s for s, w in words.items()}, max(map(len, words.values()), default=0)
@@ -213,13 +213,13 @@ huffman = CODERS["huffman"] = Coder("huffman", encode_huffman, decode_huffman, a
 
 # %% ../nbs/04_symbols.ipynb
 def lz77_replay(
-    tokens: Iterable,  # literals (a byte) and matches (length, distance)
+    tokens: Iterable[int | tuple[int, int]],  # literals (a byte) and matches (length, distance)
 ) -> bytes:  # what they say
     """Follow the pointers of LZ77; `CodingError` when one points before the beginning.
 
     Parameters
     ----------
-    tokens : Iterable
+    tokens : Iterable[int | tuple[int, int]]
         literals (a byte) and matches (length, distance)
 
     Returns
@@ -240,7 +240,7 @@ def lz77_replay(
 
 # %% ../nbs/04_symbols.ipynb
 def longest_match(
-    data: bytes, i: int, last: dict, before: list, window: int, patience: int, longest: int
+    data: bytes, i: int, last: dict[bytes, int], before: list[int], window: int, patience: int, longest: int
 ) -> tuple[int, int]:  # length and distance; 0 where there is none
     """The longest earlier copy of what begins at i, along the chain of its first four bytes.
 
@@ -248,8 +248,8 @@ def longest_match(
     ----------
     data : bytes
     i : int
-    last : dict
-    before : list
+    last : dict[bytes, int]
+    before : list[int]
     window : int
     patience : int
     longest : int
@@ -277,7 +277,7 @@ def lz77_parse(
     window: int = 1 << 16,  # how far back a match may begin
     patience: int = 32,  # how many earlier places are tried for each match
     longest: int = 259,  # length of a match at most; at least it is 4
-) -> list:  # literals (a byte) and matches (length, distance)
+) -> list[int | tuple[int, int]]:  # literals (a byte) and matches (length, distance)
     """Cut data into literals and matches, always the longest match found (Ziv and Lempel 1977, with hash chains).
 
     Parameters
@@ -293,7 +293,7 @@ def lz77_parse(
 
     Returns
     -------
-    list
+    list[int | tuple[int, int]]
         literals (a byte) and matches (length, distance)
     """
     last, before, tokens, i = {}, [-1] * len(data), [], 0
@@ -310,7 +310,7 @@ def lz77_parse(
 def lz78_parse(
     data: bytes,  # any bytes
     phrases: int = 1 << 16,  # the list starts afresh when it has that many
-) -> list:  # (number of an earlier phrase, next byte); the last byte may be missing (None)
+) -> list[tuple[int, int | None]]:  # (number of an earlier phrase, next byte); the last byte may be missing (None)
     """Cut data into phrases, each an earlier one and a byte more; phrase 0 is empty (Ziv and Lempel 1978).
 
     Parameters
@@ -322,7 +322,7 @@ def lz78_parse(
 
     Returns
     -------
-    list
+    list[tuple[int, int | None]]
         (number of an earlier phrase, next byte); the last byte may be missing (None)
     """
     longer, at, tokens = {}, 0, []

@@ -9,6 +9,7 @@ __all__ = ['TECHNIQUES', 'technique', 'calibration', 'through_rounding', 'pruned
 import copy, functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -36,9 +37,9 @@ def technique(
     archive: (
         bool | str
     ) = True,  # its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
-) -> (
-    Callable
-):  # decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
+) -> Callable[
+    ..., Any
+]:  # decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
     """Add a technique to the tour. `ValueError` when the name is taken, and for another `archive`.
 
     Parameters
@@ -50,7 +51,7 @@ def technique(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
     """
     if name == "fp32":
@@ -137,7 +138,7 @@ def _gptq2(model, data):
     return gptq(model, calibration(data), 2, group=64, symmetric=False)
 
 
-def calibration(data: Data) -> list:  # 10 batches of 100 digits from the training part
+def calibration(data: Data) -> list[Any]:  # 10 batches of 100 digits from the training part
     """What the techniques that look at data may look at.
 
     Parameters
@@ -146,7 +147,7 @@ def calibration(data: Data) -> list:  # 10 batches of 100 digits from the traini
 
     Returns
     -------
-    list
+    list[Any]
         10 batches of 100 digits from the training part
     """
     return [data.train.x[i : i + 100] for i in range(0, 1000, 100)]

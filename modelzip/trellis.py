@@ -11,6 +11,7 @@ __all__ = ['PRICE', 'branches', 'best_of_kind', 'trellis_codes', 'search', 'lear
 #| code-summary: "Imports of the module"
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -404,13 +405,15 @@ def trellis_weight(
 # %% ../nbs/11c_trellis.ipynb
 def trellis(
     model: nn.Module,  # it is left as it is
-    batches: Iterable | None = None,  # calibration data, see `feed`; None: nothing makes up for errors
+    batches: Iterable[Any] | None = None,  # calibration data, see `feed`; None: nothing makes up for errors
     bits: float = 3.0,  # that a code should take once it is coded
     states: int = 8,  # of the machine: 4, 8, 16 or 32
     price: float = PRICE,  # of a bit, in squared fine steps
     damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for; without data 0
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any]
+    | Callable[[str, nn.Module], Any]
+    | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits: two fine steps, in units of a tensor's root mean square
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     column_steps: bool = True,  # every column its own step, as far as the data ask for it
@@ -421,7 +424,7 @@ def trellis(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         calibration data, see `feed`; None: nothing makes up for errors
     bits : float, default 3.0
         that a code should take once it is coded
@@ -433,7 +436,7 @@ def trellis(
         share of H's mean diagonal added to its diagonal
     catch_up : float, default 0.5
         share of the error of earlier layers that a layer makes up for; without data 0
-    overrides : dict | Callable | None, default None
+    overrides : dict[str, Any] | Callable[[str, nn.Module], Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
     spacing : float | None, default None
         instead of bits: two fine steps, in units of a tensor's root mean square

@@ -1,10 +1,10 @@
-"""Write modelzip/ from the notebooks, as `nbdev_export` does, and two things that it does not.
+"""Write modelzip/ from the notebooks, as `nbdev_export` does, and three things that it does not.
 
     python tools/export.py                       all
     python tools/export.py nbs/03b_quant.ipynb …   the modules of these notebooks
 
-What stands beside arguments comes into the docstrings (tools/docstrings.py), and `modelzip/__init__.py` says what
-`import modelzip` brings: `FRONT`.
+What stands beside arguments comes into the docstrings (tools/docstrings.py), what `@patch` gives to a class is declared
+in it for checkers of types (tools/declarations.py), and `modelzip/__init__.py` says what `import modelzip` brings: `FRONT`.
 """
 
 import ast, json, sys, textwrap
@@ -14,6 +14,7 @@ from nbdev.config import add_init, get_config
 from nbdev.doclinks import _build_modidx, nbglob
 from nbdev.export import nb_export
 
+from declarations import declarations, with_declarations, with_import
 from docstrings import comments, takes, with_parameters
 
 FRONT = {  # module → its names that `modelzip.` has: what somebody with a model of their own calls
@@ -120,12 +121,19 @@ def export(paths=()):
     every = nbglob(as_path=True).sorted("name")
     known = definitions(every)
 
-    def beside(cell):
-        if cell.cell_type == "code" and {"export", "exporti", "exports"} & cell.directives_.keys():
-            cell.set_source(with_parameters(cell.source, known))
-
     for path in paths or every:
-        nb_export(path, procs=[beside])
+        declared = declarations(exported(path))
+        waits = bool(declared)  # until a cell imports
+
+        def written(cell):
+            nonlocal waits
+            if cell.cell_type == "code" and {"export", "exporti", "exports"} & cell.directives_.keys():
+                source = with_declarations(with_parameters(cell.source, known), declared)
+                if waits and (imports := with_import(source)) is not None:
+                    source, waits = imports, False
+                cell.set_source(source)
+
+        nb_export(path, procs=[written])
     if not paths:
         config = get_config()
         add_init(config.lib_path)

@@ -21,30 +21,32 @@ from .deadlines import checked_count
 from .models import copied
 
 # %% ../../nbs/workshop/alone.ipynb
-def _together(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
+def _together(n: int, f: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
     "All samples in one product."
     return f(x, *rest)
 
 
-def _side_by_side(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+def _side_by_side(n: int, f: Callable[..., Any], x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     "A linear layer as n products in one operation, each with the rows of one sample."
     rows, w = x.reshape(n, -1, x.shape[-1]), w.t().expand(n, *w.t().shape)
     y = torch.bmm(rows, w) if b is None else torch.baddbmm(b.expand(n, rows.shape[1], -1), rows, w)
     return y.view(*x.shape[:-1], -1)
 
 
-def _one_by_one(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
+def _one_by_one(n: int, f: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
     "A call for each sample: the truth."
     return torch.cat([f(part.clone(), *rest) for part in x.chunk(n)])
 
 # %% ../../nbs/workshop/alone.ipynb
-WAYS = {
+WAYS: dict[Any, Any] = {
     F.linear: (_together, _side_by_side, _one_by_one),  # function → ways to compute n samples, the truth last
     **{f: (_together, _one_by_one) for f in (F.conv1d, F.conv2d, F.conv3d)},
 }
 
 
-def _inputs(x: tuple, w: tuple, at: int, dtype: torch.dtype, draw: torch.Generator, cancel: bool) -> list[Tensor]:
+def _inputs(
+    x: tuple[int, ...], w: tuple[int, ...], at: int, dtype: torch.dtype, draw: torch.Generator, cancel: bool
+) -> list[Tensor]:
     """Random inputs, whose dimension `at` is summed over, weights and biases. `cancel`: in pairs, products add up to
     zero, so that roundings of small types can be seen; but an order in which nothing but zeros is added cannot."""
     x, w, b = (32 * torch.randn(shape, generator=draw).to(dtype) for shape in (x, w, w[:1]))
@@ -61,8 +63,15 @@ def _inputs(x: tuple, w: tuple, at: int, dtype: torch.dtype, draw: torch.Generat
 
 @functools.lru_cache(4096)
 def _way(
-    f: Callable, n: int, x: tuple, w: tuple, bias: bool, options: tuple, dtype: torch.dtype, threads: int
-) -> Callable:
+    f: Callable[..., Any],
+    n: int,
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    bias: bool,
+    options: tuple[Any, ...],
+    dtype: torch.dtype,
+    threads: int,
+) -> Callable[..., Any]:
     "The quickest way that gives n samples the bits that they have alone, tried on random numbers of these shapes."
     draw, additions = torch.Generator().manual_seed(0), 0
     *quick, truth = WAYS[f]
@@ -77,7 +86,9 @@ def _way(
     return (quick or [truth])[0]
 
 # %% ../../nbs/workshop/alone.ipynb
-batch_samples = contextvars.ContextVar("samples", default=1)  # in the batch that this thread computes
+batch_samples: contextvars.ContextVar[int] = contextvars.ContextVar(
+    "samples", default=1
+)  # in the batch that this thread computes
 
 
 class AsAlone(TorchFunctionMode):
@@ -90,6 +101,9 @@ class AsAlone(TorchFunctionMode):
         samples in the batch; inputs hold them one after another along their first dimension
     """
 
+    n: int
+    token: Any
+
     def __init__(
         self,
         n: int,  # samples in the batch; inputs hold them one after another along their first dimension
@@ -101,17 +115,17 @@ class AsAlone(TorchFunctionMode):
         self.token = batch_samples.set(self.n)
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         batch_samples.reset(self.token)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in WAYS or not _divides(n := batch_samples.get(), func, args):
             return func(*args, **(kwargs or {}))
         return _one_by_one(n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(n, func, *args)
 
 # %% ../../nbs/workshop/alone.ipynb
-def _divides(n: int, f: Callable, args: tuple) -> bool:
+def _divides(n: int, f: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     "Do these arguments begin with several samples?"
     if n == 1 or len(args) < 2:
         return False
@@ -119,7 +133,7 @@ def _divides(n: int, f: Callable, args: tuple) -> bool:
     return batched and len(args[0]) > 0 and len(args[0]) % n == 0
 
 
-def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
+def _apply_way(n: int, f: Callable[..., Any], x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
     """A product for n samples in the quickest way that is right here; what is laid out unusually, elsewhere than on
     the CPU or cast goes one by one."""
     usual = (
@@ -136,7 +150,7 @@ def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = Non
     return way(n, f, x, w, b, *options)
 
 # %% ../../nbs/workshop/alone.ipynb
-def _one_at_a_time(n: int, f: Callable, x: Tensor) -> Tensor:
+def _one_at_a_time(n: int, f: Callable[..., Any], x: Tensor) -> Tensor:
     "A layer for n samples, none of which sees another."
     if not len(x) or len(x) % n:
         return f(x)
@@ -147,7 +161,7 @@ def _one_at_a_time(n: int, f: Callable, x: Tensor) -> Tensor:
         batch_samples.reset(token)
 
 
-def _in_batch(forward: Callable, apart: bool) -> Callable:
+def _in_batch(forward: Callable[..., Any], apart: bool) -> Callable[..., Any]:
     "A layer's forward that gives each sample of a batch the bits that it would get alone."
 
     @functools.wraps(forward)

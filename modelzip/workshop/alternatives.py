@@ -9,6 +9,7 @@ __all__ = ['Way', 'input_range', 'made_up', 'row_hurt', 'apart', 'together', 'er
 # %% ../../nbs/workshop/alternatives.ipynb
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ def errors_of(
     weights: Mapping[str, Tensor],  # by layer
     way: Way,  # fitted on the first half
     seen: Seen,
-    step: tuple | None,  # of the input; None: a range for each row
+    step: tuple[float, int] | None,  # of the input; None: a range for each row
     shifts: Mapping[str, Tensor] | None = None,  # what is added to biases
 ) -> dict[str, float]:
     """Relative error of each layer's output on the second half.
@@ -179,7 +180,7 @@ def errors_of(
     way : Way
         fitted on the first half
     seen : Seen
-    step : tuple | None
+    step : tuple[float, int] | None
         of the input; None: a range for each row
     shifts : Mapping[str, Tensor] | None, default None
         what is added to biases
@@ -196,7 +197,7 @@ def bias_shifts(
     way: Way,
     statistics: LayerStatistics,
     rows: Tensor,  # [groups, rows, inputs]
-    step: tuple | None,  # of the input; None: a range for each row
+    step: tuple[float, int] | None,  # of the input; None: a range for each row
 ) -> dict[str, Tensor]:  # E[Wx − Ŵx̂] of each layer's outputs
     """What both roundings take from the mean of each output (Nagel et al. 2019, arXiv:1906.04721).
 
@@ -207,7 +208,7 @@ def bias_shifts(
     statistics : LayerStatistics
     rows : Tensor
         [groups, rows, inputs]
-    step : tuple | None
+    step : tuple[float, int] | None
         of the input; None: a range for each row
 
     Returns
@@ -223,8 +224,8 @@ def bias_shifts(
 def best_way(
     weights: Mapping[str, Tensor],  # of layers with a common input
     seen: Seen,
-    fit: Callable,  # (weight, statistics, rows, alpha, copies, gptq) → Way
-    alphas: list,  # None: no column scales
+    fit: Callable[..., Any],  # (weight, statistics, rows, alpha, copies, gptq) → Way
+    alphas: list[float | None],  # None: no column scales
     copies: int,  # 0: none
     gptq: bool,
 ) -> tuple[Way, bool]:  # fitted on the first half; whether by GPTQ
@@ -235,9 +236,9 @@ def best_way(
     weights : Mapping[str, Tensor]
         of layers with a common input
     seen : Seen
-    fit : Callable
+    fit : Callable[..., Any]
         (weight, statistics, rows, alpha, copies, gptq) → Way
-    alphas : list
+    alphas : list[float | None]
         None: no column scales
     copies : int
         0: none
@@ -290,11 +291,11 @@ class Wish:
 
     Parameters
     ----------
-    fit : Callable
+    fit : Callable[..., Any]
         (weight, statistics, rows, alpha, copies, gptq) → Way
-    pack : Callable
+    pack : Callable[..., Any]
         (weight, codes, steps, way) → QTensor
-    alphas : list
+    alphas : list[float | None]
         of column scales; None: without
     copies : int
     gptq : bool
@@ -303,9 +304,9 @@ class Wish:
         error from which a linear layer keeps a range for each row
     """
 
-    fit: Callable  # (weight, statistics, rows, alpha, copies, gptq) → Way
-    pack: Callable  # (weight, codes, steps, way) → QTensor
-    alphas: list  # of column scales; None: without
+    fit: Callable[..., Any]  # (weight, statistics, rows, alpha, copies, gptq) → Way
+    pack: Callable[..., Any]  # (weight, codes, steps, way) → QTensor
+    alphas: list[float | None]  # of column scales; None: without
     copies: int
     gptq: bool
     biases: bool
@@ -317,7 +318,7 @@ def decided(
     seen: Seen,  # what it is like
     wish: Wish,
     asked: Mapping[str, str | None],  # layer → 'static', 'row', or None: whatever is better
-    makers: frozenset = frozenset(),  # who could make copies
+    makers: frozenset[str] = frozenset(),  # who could make copies
 ) -> dict[str, Fixed]:
     """The choice for the layers of one input.
 
@@ -330,7 +331,7 @@ def decided(
     wish : Wish
     asked : Mapping[str, str | None]
         layer → 'static', 'row', or None: whatever is better
-    makers : frozenset, default frozenset()
+    makers : frozenset[str], default frozenset()
         who could make copies
     """
     weights = {n: m.weight.detach() for n, m in layers.items()}

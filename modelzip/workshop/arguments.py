@@ -85,7 +85,7 @@ def _number(x, whole=False):
     return kind is not None and getattr(x, "shape", None) == () and not (whole and "int" not in str(kind))
 
 # %% ../../nbs/workshop/arguments.ipynb
-WORDS = {
+WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -140,14 +140,16 @@ def in_words(
     return WORDS.get(kind) or WORDS.get(kind.__name__) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
 
 
-def unfit(f: Callable, args: tuple, kwargs: dict) -> str | None:  # None when all fit, or nobody can tell
+def unfit(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:  # None when all fit, or nobody can tell
     """Which argument of a call does not fit its signature, in words.
 
     Parameters
     ----------
-    f : Callable
-    args : tuple
-    kwargs : dict
+    f : Callable[..., Any]
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -239,13 +241,13 @@ def misspelt(
             return n, next(o for o in options if slim(o) == near[0])
 
 
-def unknown(f: Callable, kwargs: dict) -> str | None:  # None when each has a place
+def unknown(f: Callable[..., Any], kwargs: dict[str, Any]) -> str | None:  # None when each has a place
     """Which argument of a call a function does not have, in words, and which may have been meant.
 
     Parameters
     ----------
-    f : Callable
-    kwargs : dict
+    f : Callable[..., Any]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -269,19 +271,19 @@ def unknown(f: Callable, kwargs: dict) -> str | None:  # None when each has a pl
 
 # %% ../../nbs/workshop/arguments.ipynb
 def with_names(
-    f: Callable,  # a function, or a method
-) -> Callable:  # the same, with errors that name the argument that does not fit
+    f: Callable[..., Any],  # a function, or a method
+) -> Callable[..., Any]:  # the same, with errors that name the argument that does not fit
     """See above. A generator says it when it fails, which is later than it is called; coroutines and context managers
     stay as they are.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         a function, or a method
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         the same, with errors that name the argument that does not fit
     """
     plain = inspect.unwrap(f)
@@ -336,7 +338,9 @@ def _names(e, name):
 
 # %% ../../nbs/workshop/arguments.ipynb
 def name_arguments(
-    module: dict,  # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
+    module: dict[
+        str, Any
+    ],  # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
     *also: str,  # functions that `import *` does not bring
 ) -> None:
     """Let all public functions of a module, and the classes that are no dataclasses, name the argument that does
@@ -345,7 +349,7 @@ def name_arguments(
 
     Parameters
     ----------
-    module : dict
+    module : dict[str, Any]
         `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
     *also : str
         functions that `import *` does not bring
@@ -419,7 +423,7 @@ def at_least(
 
 def same_length(
     *things: str,  # what the lists hold, and what the lists in these hold: "layers", "options"
-    **lists: Sequence,  # by the names of the caller's arguments
+    **lists: Sequence[Any],  # by the names of the caller's arguments
 ) -> None:
     """`ValueError` that counts, unless lists have the same length; with a second thing, so have those within them.
 
@@ -427,7 +431,7 @@ def same_length(
     ----------
     *things : str
         what the lists hold, and what the lists in these hold: "layers", "options"
-    **lists : Sequence
+    **lists : Sequence[Any]
         by the names of the caller's arguments
     """
     if len({len(x) for x in lists.values()}) > 1:
@@ -440,7 +444,7 @@ def same_length(
 
 
 def check_function(
-    f: Callable,
+    f: Callable[..., Any],
     name: str,  # of the caller's argument
     *arguments: str,  # in words, that it is called with
 ) -> None:
@@ -448,7 +452,7 @@ def check_function(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
     name : str
         of the caller's argument
     *arguments : str
@@ -459,14 +463,14 @@ def check_function(
 
 
 def check_said(
-    info: dict,  # what a file should say
+    info: dict[str, Any],  # what a file should say
     *options: str,  # of the function that writes it
 ) -> None:
     """`TypeError` for what was meant as an option.
 
     Parameters
     ----------
-    info : dict
+    info : dict[str, Any]
         what a file should say
     *options : str
         of the function that writes it
@@ -478,14 +482,16 @@ def check_said(
 
 # %% ../../nbs/workshop/arguments.ipynb
 def options_of(
-    *functions: Callable,  # that get a function's further options; of two that have an option, the first shows it
+    *functions: Callable[
+        ..., Any
+    ],  # that get a function's further options; of two that have an option, the first shows it
     but: tuple[str, ...] = (),  # options that the function gives by itself
 ) -> Callable:  # decorator
     """Let the signature name what `**options` may be: the arguments of other functions that have a default.
 
     Parameters
     ----------
-    *functions : Callable
+    *functions : Callable[..., Any]
         that get a function's further options; of two that have an option, the first shows it
     but : tuple[str, ...], default ()
         options that the function gives by itself

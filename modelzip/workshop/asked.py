@@ -12,7 +12,7 @@ __all__ = ['WIDE', 'MOST_PLACES', 'MOST_ADDED', 'MOST_TIMES', 'NUMBER', 'STEP', 
 import functools, math, sys, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,11 @@ def is_number(v: Any) -> bool:
     return type(v) in (int, float)
 
 
-def whole(low: int, high: int = WIDE) -> tuple[str, Callable]:
+def whole(low: int, high: int = WIDE) -> tuple[str, Callable[[Any, int], bool]]:
     return f"a whole number from {low:,} to {high:,}", lambda v, n: is_whole(v, low, high)
 
 
-def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callable]:
+def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callable[[Any, int], bool]]:
     "One number, or one for each dimension; `total` bounds the product over all of them."
 
     def right(v, n):
@@ -58,15 +58,17 @@ def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callabl
     )
 
 
-def one_of(*words: str) -> tuple[str, Callable]:
+def one_of(*words: str) -> tuple[str, Callable[[Any, int], bool]]:
     return " or ".join(map(repr, words)), lambda v, n: isinstance(v, str) and v in words
 
 
-def or_none(rule: tuple[str, Callable]) -> tuple[str, Callable]:
+def or_none(rule: tuple[str, Callable[[Any, int], bool]]) -> tuple[str, Callable[[Any, int], bool]]:
     return f"None or {rule[0]}", lambda v, n: v is None or rule[1](v, n)
 
 
-def either(a: tuple[str, Callable], b: tuple[str, Callable]) -> tuple[str, Callable]:
+def either(
+    a: tuple[str, Callable[[Any, int], bool]], b: tuple[str, Callable[[Any, int], bool]]
+) -> tuple[str, Callable[[Any, int], bool]]:
     return f"{a[0]}; or {b[0]}", lambda v, n: a[1](v, n) or b[1](v, n)
 
 # %% ../../nbs/workshop/asked.ipynb
@@ -157,13 +159,13 @@ def _rules():
     )
 
 
-RULES = _rules()
+RULES: dict[Any, Any] = _rules()
 
 
 def rule_of(
     cls: str,  # name of a class
     key: str,  # of an argument
-) -> tuple[str, Callable]:  # in words, and as a function of the value and the number of dimensions
+) -> tuple[str, Callable[[Any, int], bool]]:  # in words, and as a function of the value and the number of dimensions
     """What an argument of a class may be.
 
     Parameters
@@ -173,7 +175,7 @@ def rule_of(
 
     Returns
     -------
-    tuple[str, Callable]
+    tuple[str, Callable[[Any, int], bool]]
         in words, and as a function of the value and the number of dimensions
     """
     if key == "padding" and "Pad" in cls:
@@ -201,13 +203,13 @@ def dimensions(cls: str) -> int:
 
 def unfit(
     cls: str,  # name of a class
-    arguments: dict,  # what it is to be made with
+    arguments: dict[str, Any],  # what it is to be made with
 ) -> str | None:  # None: nothing is wrong
     """What is wrong with arguments: which, what it is, what it may be.
 
     Parameters
     ----------
-    arguments : dict
+    arguments : dict[str, Any]
         what it is to be made with
 
     Returns
@@ -278,7 +280,7 @@ def counted(
 # %% ../../nbs/workshop/asked.ipynb
 _aten = torch.ops.aten
 # operation → bytes of a result that may be much larger than what comes in, and that the meta device doesn't tell
-BY_NUMBERS = {
+BY_NUMBERS: dict[Any, Any] = {
     _aten.bincount.default: (
         lambda x, weights=None, minlength=0: 8 * max(minlength, int(x.max()) + 1 if x.numel() else 0)
     ),
@@ -289,19 +291,19 @@ BY_NUMBERS = {
 
 
 def without_compiler(
-    dispatch: Callable,  # `__torch_dispatch__` of a mode
-) -> Callable:  # the same
+    dispatch: Callable[..., Any],  # `__torch_dispatch__` of a mode
+) -> Callable[..., Any]:  # the same
     """PyTorch keeps its compiler out of a dispatch mode, and loads the compiler for that, which takes longer than a
     model's file: this does it only where somebody has loaded it.
 
     Parameters
     ----------
-    dispatch : Callable
+    dispatch : Callable[..., Any]
         `__torch_dispatch__` of a mode
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         the same
     """
     quiet = []
@@ -320,6 +322,9 @@ class Weighed(TorchDispatchMode):
     """A block in which new tensors outside of the meta device may have so many bytes, all together; `TooMuch`
     before the first that is too many. It remembers the memory of those on the meta device."""
 
+    left: int
+    made: list[Any]
+
     def __init__(self, most: int):
         super().__init__()
         self.most, self.left, self.made = most, most, []
@@ -329,7 +334,7 @@ class Weighed(TorchDispatchMode):
         return False  # `without_compiler` does
 
     @without_compiler
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         if func in BY_NUMBERS:
@@ -348,7 +353,7 @@ class Weighed(TorchDispatchMode):
         ]
         return out
 
-    def weigh(self, func, args, kwargs):
+    def weigh(self, func: Any, args: Any, kwargs: Any) -> None:
         "What the results will take, by letting the operation run on tensors without memory."
         if torch.device(kwargs.get("device") or "cpu").type == "meta":
             return
@@ -362,15 +367,19 @@ class Weighed(TorchDispatchMode):
             return  # its result's size depends on numbers, but is no larger than there are of them: see BY_NUMBERS
         self.take(sum(t.numel() * t.element_size() for t in tree_flatten(out)[0] if isinstance(t, Tensor)))
 
-    def take(self, n):
+    def take(self, n: int) -> None:
         self.left -= n
         if self.left < 0:
             raise TooMuch(f"building it takes more than {self.most:,} bytes")
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        most: int
+
 
 def is_whole_on_meta(
     model: nn.Module,
-    made: list,  # `Weighed.made`
+    made: list[Any],  # `Weighed.made`
 ) -> bool:
     """Whether all that was made and is still there are parameters and buffers that a state dict has: then nothing
     is missing when they are filled.
@@ -378,7 +387,7 @@ def is_whole_on_meta(
     Parameters
     ----------
     model : nn.Module
-    made : list
+    made : list[Any]
         `Weighed.made`
     """
     kept = [

@@ -98,7 +98,7 @@ def keep_all(ties: Any, m: Any, why: str) -> None:
         ties.keep(labels, why)
 
 # %% ../../nbs/workshop/axes.ipynb
-def take_apart(ties: Any, m: Any, others: list, n: int, why: str) -> None:
+def take_apart(ties: Any, m: Any, others: list[Any], n: int, why: str) -> None:
     "Numbers over several axes at once remain so only where all others agree."
     for axes in [b for b in m.blocks if len(b) > 1]:
         for o in others:
@@ -114,7 +114,7 @@ def take_apart(ties: Any, m: Any, others: list, n: int, why: str) -> None:
                     fix(ties, m, a, why)
 
 # %% ../../nbs/workshop/axes.ipynb
-def meet_along(ties: Any, marks: list, axis: int, out: Any, why: str) -> None:
+def meet_along(ties: Any, marks: list[Any], axis: int, out: Any, why: str) -> None:
     "Tie them along one axis of the result; it has numbers there if all have that are not broadcast along it."
     at = lambda m: axis - (len(out.shape) - len(m.shape))  # the axis in a tensor with fewer of them
     having = [m for m in marks if at(m) >= 0 and m.shape[at(m)] > 1]
@@ -134,7 +134,7 @@ def meet_along(ties: Any, marks: list, axis: int, out: Any, why: str) -> None:
 # %% ../../nbs/workshop/axes.ipynb
 def meet(
     ties: Any,
-    marks: list,  # of tensors that are combined element by element
+    marks: list[Any],  # of tensors that are combined element by element
     out: Any,  # what the result carries: its shape, to which they are broadcast, and nothing yet
     why: str = "it meets a tensor of fixed size",
 ) -> Any:  # out
@@ -143,7 +143,7 @@ def meet(
     Parameters
     ----------
     ties : Any
-    marks : list
+    marks : list[Any]
         of tensors that are combined element by element
     out : Any
         what the result carries: its shape, to which they are broadcast, and nothing yet
@@ -161,7 +161,7 @@ def meet(
     return out
 
 # %% ../../nbs/workshop/axes.ipynb
-def stays_zero(name: str, marks: list, args: tuple | list, out: Any) -> bool:
+def stays_zero(name: str, marks: list[Any], args: tuple[Any, ...] | list[Any], out: Any) -> bool:
     "Is a channel that was zero still zero? `args` are the operation's, in their order; `marks` what its tensors carry."
     n = len(out.shape)
     covers = lambda m: m.zero and {tuple(a + n - len(m.shape) for a in b) for b in m.blocks} >= out.blocks.keys()
@@ -173,7 +173,7 @@ def stays_zero(name: str, marks: list, args: tuple | list, out: Any) -> bool:
     return name in ("add", "sub", "maximum", "minimum") and nothing and all(map(covers, marks))
 
 # %% ../../nbs/workshop/axes.ipynb
-def spread(labels: np.ndarray, axes: tuple, shape: tuple) -> Tensor:
+def spread(labels: np.ndarray, axes: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     "A number for each element."
     return torch.from_numpy(
         np.broadcast_to(labels.reshape([n if a in axes else 1 for a, n in enumerate(shape)]), shape).copy()
@@ -182,7 +182,7 @@ def spread(labels: np.ndarray, axes: tuple, shape: tuple) -> Tensor:
 # %% ../../nbs/workshop/axes.ipynb
 def condensed(
     a: np.ndarray,  # a number for each element of a tensor
-) -> tuple[tuple, np.ndarray]:  # the axes along which they vary, and the numbers along these
+) -> tuple[tuple[int, ...], np.ndarray]:  # the axes along which they vary, and the numbers along these
     """Leave out the axes along which nothing changes.
 
     Parameters
@@ -192,7 +192,7 @@ def condensed(
 
     Returns
     -------
-    tuple[tuple, np.ndarray]
+    tuple[tuple[int, ...], np.ndarray]
         the axes along which they vary, and the numbers along these
     """
     if not a.size:
@@ -211,7 +211,7 @@ def land(t: Any, out: Any, moved: Tensor, labels: np.ndarray, counts: str | None
         mark(t, out, axes, new)
 
 # %% ../../nbs/workshop/axes.ipynb
-def by_number(name: str, args: tuple, kwargs: dict) -> bool:
+def by_number(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     "Are there numbers of places among the arguments? They would mean other places in a smaller tensor."
     if name in ("roll", "unfold"):
         return True
@@ -220,7 +220,7 @@ def by_number(name: str, args: tuple, kwargs: dict) -> bool:
     return bool(tensors_of((args, kwargs))) and name not in ("expand_as", "view_as", "reshape_as")
 
 # %% ../../nbs/workshop/axes.ipynb
-def mark(t: Any, m: Any, axes: tuple, labels: np.ndarray) -> None:
+def mark(t: Any, m: Any, axes: tuple[int, ...], labels: np.ndarray) -> None:
     "Give a tensor numbers along some axes."
     if not axes:
         return t.ties.keep(labels.reshape(-1), "it is picked by its number") if labels.any() else None
@@ -235,7 +235,7 @@ def mark(t: Any, m: Any, axes: tuple, labels: np.ndarray) -> None:
 def cut(
     t: Any,
     m: Any,
-    g: Callable,  # cuts pieces out of a tensor
+    g: Callable[..., Any],  # cuts pieces out of a tensor
     name: str,
 ) -> None:
     """Equal pieces lose the same; a single place is picked by its number, so that none before it may go.
@@ -244,7 +244,7 @@ def cut(
     ----------
     t : Any
     m : Any
-    g : Callable
+    g : Callable[..., Any]
         cuts pieces out of a tensor
     name : str
     """
@@ -346,7 +346,7 @@ def channel_axis(ties: Any, x: Any, w: Any) -> int:
     return c
 
 # %% ../../nbs/workshop/axes.ipynb
-def reduced_axes(name: str, n: int, args: tuple, kwargs: dict) -> list[int]:
+def reduced_axes(name: str, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     "Over which of n axes a reduction goes."
     position = name in ("norm", "vector_norm", "normalize")  # before `dim` there is the order of a norm
     default = 1 if name == "normalize" else None
@@ -359,7 +359,7 @@ def reduced_axes(name: str, n: int, args: tuple, kwargs: dict) -> list[int]:
     )
 
 # %% ../../nbs/workshop/axes.ipynb
-def forgives_zeros(name: str, args: tuple, kwargs: dict) -> bool:
+def forgives_zeros(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Does a reduction give the same when zeros are gone? A sum does, and a norm of order 0 or more; the norm of a
     negative order is 0 as soon as one number is."""
     p = kwargs.get("p", kwargs.get("ord", args[0] if args else None))
@@ -367,7 +367,9 @@ def forgives_zeros(name: str, args: tuple, kwargs: dict) -> bool:
     return name in ("sum", "nansum") or name in ("norm", "vector_norm", "normalize") and positive
 
 
-def without_axes(blocks: dict, axes: list[int], dropped: bool) -> dict:
+def without_axes(
+    blocks: dict[tuple[int, ...], np.ndarray], axes: list[int], dropped: bool
+) -> dict[tuple[int, ...], np.ndarray]:
     "What is left when axes were reduced to one place; if they are dropped, those behind them move up."
     move = lambda b: tuple(a - sum(g < a for g in axes) for a in b) if dropped else b
     return {move(b): l for b, l in blocks.items() if b not in [(a,) for a in axes]}
@@ -424,13 +426,13 @@ def gone_among(t: Any, roots: Iterable[int]) -> np.ndarray:  # of the channels t
     return table[t.ties.find(np.arange(len(table)))]
 
 
-def places(groups: Any, roots: Iterable[int]) -> dict:
+def places(groups: Any, roots: Iterable[int]) -> dict[Any, Any]:
     "(name of a tensor, axis) → the places that are removed, as bool."
     table = gone_among(groups.trace, roots)
     return {k: gone for k, r in groups.axes.items() if (gone := table[r]).any()}
 
 # %% ../../nbs/workshop/axes.ipynb
-def size_after(m: Any, gone: np.ndarray) -> tuple:
+def size_after(m: Any, gone: np.ndarray) -> tuple[int, ...]:
     "The shape that a tensor should have when channels are gone."
     shape = list(m.shape)
     for axes, labels in m.blocks.items():

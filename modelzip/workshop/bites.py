@@ -10,6 +10,7 @@ __all__ = ['BITE', 'bites', 'codes_of_blocks', 'nearest_entries', 'values_of_cod
 # %% ../../nbs/workshop/bites.ipynb
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _buffer(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(blocks[b].shape, dtype=dtype, device=blocks.device)
 
 
-def _for_bite(b: tuple, scale: Tensor, zero) -> tuple:
+def _for_bite(b: tuple[Any, ...], scale: Tensor, zero) -> tuple[Any, ...]:
     "The rows of scale and zero point that belong to one bite; a symmetric zero point is one number for all."
     return (scale if len(scale) == 1 else scale[b[0]]), (
         zero if isinstance(zero, (int, float)) or len(zero) == 1 else zero[b[0]]

@@ -475,7 +475,9 @@ def take_codes(coder: Any, side: Side, rule: Rule, what: Expected, codes: np.nda
     return in_rows(got, rows)
 
 
-def take_code(coder, contexts: np.ndarray, middle: np.ndarray | None, sure: list, code: np.ndarray | None):
+def take_code(
+    coder: Any, contexts: np.ndarray, middle: np.ndarray | None, sure: list[Any], code: np.ndarray | None
+) -> np.ndarray:
     "A code in each lane, as its distance from the middle if there is one; those that are sure come out wrong."
     if code is not None:
         code = code.copy() if middle is None else code - middle
@@ -679,7 +681,7 @@ def write_blocks(
     return pieces(head, *front, *ends)
 
 # %% ../../nbs/workshop/block_streams.ipynb
-def read_side(data: bytes, rule: Rule, rows: int, columns: int) -> tuple[Side, int, list]:
+def read_side(data: bytes, rule: Rule, rows: int, columns: int) -> tuple[Side, int, list[Any]]:
     "What is said in front, the checksum, and the chunks. `CodingError` for what does not fit the shape."
     head, front, chunks = split_pieces(data)
     edition, plain, strays, laid, crc = HEAD.unpack(head)
@@ -700,7 +702,7 @@ def read_side(data: bytes, rule: Rule, rows: int, columns: int) -> tuple[Side, i
     return side, crc, chunks
 
 
-def split_pieces(data: bytes) -> tuple[bytes, list, list]:
+def split_pieces(data: bytes) -> tuple[bytes, list[Any], list[Any]]:
     "Head, arrays, chunks."
     found, at = [], 0
     while at < len(data):
@@ -717,7 +719,7 @@ def split_pieces(data: bytes) -> tuple[bytes, list, list]:
 def read_blocks(
     data: bytes,  # from `write_blocks`
     type: str,
-    shape: tuple,
+    shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
 ) -> BlockTensor:
     """The inverse of `write_blocks`; `CodingError` for data that gives back no such tensor.
@@ -727,7 +729,7 @@ def read_blocks(
     data : bytes
         from `write_blocks`
     type : str
-    shape : tuple
+    shape : tuple[int, ...]
     dtype : torch.dtype, default torch.float32
     """
     rule, columns = rule_for(type, torch.Size(shape).numel()), shape[-1]
@@ -784,11 +786,11 @@ class CodedBlocks(Sized, CompressedTensor, kind="gguf coded"):
     def parts(self) -> dict[str, Tensor]:
         return {"stream": self.stream}
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "type": self.type}
 
     @classmethod
-    def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CodedBlocks":
+    def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> "CodedBlocks":
         name, shape, dtype = check_blocks(meta)
         if name not in RULES or parts.keys() != {"stream"} or parts["stream"].dtype != torch.uint8:
             raise ValueError(f"{name} with the parts {sorted(parts)} is no coded tensor")

@@ -7,7 +7,7 @@ __all__ = ['RAW', 'ZSTD', 'JOINED', 'SPARSE', 'RANS', 'PLANES', 'SPLIT', 'VALUES
 
 # %% ../../nbs/workshop/blocks.ipynb
 import threading
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import constriction
 import numpy as np
@@ -22,15 +22,21 @@ MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS
 class OfThread(threading.local):
     "What a thread keeps: to make a compressor or a decompressor takes as long as a small block."
 
+    quick: dict[Any, Any]
+
     def __init__(self):
         self.quick = {}  # parameters → a compressor of level 1; those of higher levels hold megabytes
         self.expander = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-OF_THREAD = OfThread()
+        expander: zstandard.ZstdDecompressor
 
 
-def compressor(level: int, parameters: dict) -> zstandard.ZstdCompressor:
+OF_THREAD: OfThread = OfThread()
+
+
+def compressor(level: int, parameters: dict[str, Any]) -> zstandard.ZstdCompressor:
     "One that writes no magic number, size and checksum."
     plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
     how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)

@@ -9,7 +9,7 @@ __all__ = ['arguments_of', 'signature_of', 'free_of', 'parts_of', 'Layout', 'sam
 # %% ../../nbs/workshop/calls.ipynb
 import copy, dataclasses, inspect, logging, sys, threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ from .models import HARMLESS, Inputs, as_inputs, own_copy
 
 # %% ../../nbs/workshop/calls.ipynb
 def arguments_of(
-    signature: inspect.Signature, args: tuple, kwargs: dict
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:  # name → what it is given, or its default
     """The arguments of a call by name. `TypeError` where they do not fit.
 
     Parameters
     ----------
     signature : inspect.Signature
-    args : tuple
-    kwargs : dict
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -58,7 +58,9 @@ def signature_of(model: nn.Module) -> inspect.Signature:  # of its `forward`
 
 # %% ../../nbs/workshop/calls.ipynb
 def free_of(
-    dynamic: dict | tuple | list,  # `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
+    dynamic: dict[Any, Any]
+    | tuple[Any, ...]
+    | list[Any],  # `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
     names: Sequence[str],  # of the tensors
     tensors: Sequence[Tensor],
 ) -> list[dict[int, str]]:  # for each tensor its free dimensions by name
@@ -66,7 +68,7 @@ def free_of(
 
     Parameters
     ----------
-    dynamic : dict | tuple | list
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
         `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
     names : Sequence[str]
         of the tensors
@@ -106,7 +108,9 @@ def free_of(
 # %% ../../nbs/workshop/calls.ipynb
 def parts_of(
     output: Any,  # of a model
-) -> tuple[list[Tensor], list[str], Callable]:  # its tensors, their names, and what makes the same of other tensors
+) -> tuple[
+    list[Tensor], list[str], Callable[..., Any]
+]:  # its tensors, their names, and what makes the same of other tensors
     """Take an output apart into tensors. `TypeError` names what is neither a tensor nor a container of them.
 
     Parameters
@@ -116,7 +120,7 @@ def parts_of(
 
     Returns
     -------
-    tuple[list[Tensor], list[str], Callable]
+    tuple[list[Tensor], list[str], Callable[..., Any]]
         its tensors, their names, and what makes the same of other tensors
     """
     tensors, names = [], []
@@ -187,15 +191,31 @@ class Layout:
         what is called; it is not kept
     example : Any
         what it is called with, see `call`
-    dynamic : dict | tuple | list
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
         free dimensions, see `free_of`
     """
+
+    signature: inspect.Signature
+    given: Inputs
+    spec: Any
+    paths: list[str]
+    leaves: list[Any]
+    places: list[int]
+    names: list[str]
+    example: list[Any]
+    free: list[dict[int, str]]
+    checks: list[Any]
+    in_order: bool
+    rebuild: Callable[..., Any] | None
+    unsaid: str | None
+    outputs: list[str] | None
+    kinds: list[torch.dtype]
 
     def __init__(
         self,
         model: nn.Module,  # what is called; it is not kept
         example: Any,  # what it is called with, see `call`
-        dynamic: dict | tuple | list,  # free dimensions, see `free_of`
+        dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any],  # free dimensions, see `free_of`
     ):
         given = as_inputs(example)
         self.signature = signature_of(model)
@@ -248,7 +268,7 @@ class Layout:
         self.kinds = [t.dtype for t in tensors]
         return self
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self  # which nobody changes
 
     def _check_kinds(self, given):
@@ -298,14 +318,16 @@ def fitted(layout: Layout, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} is on {t.device}; engines compute on the CPU")
 
 # %% ../../nbs/workshop/calls.ipynb
-def tensors_in(layout: Layout, args: tuple, kwargs: dict) -> list[Tensor]:  # of a call, in the order of the layout
+def tensors_in(
+    layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:  # of a call, in the order of the layout
     """The tensors of a call that is like the example; `TypeError` or `ValueError` names what differs.
 
     Parameters
     ----------
     layout : Layout
-    args : tuple
-    kwargs : dict
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -342,7 +364,7 @@ def _bound(layout, args, kwargs):
 
 def called(
     layout: Layout,
-    model: Callable,  # the model of the layout, or what stands for it
+    model: Callable[..., Any],  # the model of the layout, or what stands for it
     tensors: Sequence[Tensor],
 ) -> Any:  # its output
     """Call a model with the tensors of a layout in their places.
@@ -350,7 +372,7 @@ def called(
     Parameters
     ----------
     layout : Layout
-    model : Callable
+    model : Callable[..., Any]
         the model of the layout, or what stands for it
     tensors : Sequence[Tensor]
 
@@ -385,26 +407,35 @@ class Flat(nn.Module):
         super().__init__()
         self.model, self.layout = model, layout
 
-    def forward(self, *tensors):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(parts_of(called(self.layout, self.model, tensors))[0])
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        layout: Layout
 
 # %% ../../nbs/workshop/calls.ipynb
 class Quiet:
     "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
 
-    def __enter__(self):
+    before: int
+    stream: Any
+    thread: int
+
+    def __enter__(self) -> None:
         self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()
         logging.disable(logging.WARNING)
         sys.stderr = self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         logging.disable(self.before)
         sys.stderr = self.stream
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         return getattr(self.stream, key)
 
 # %% ../../nbs/workshop/calls.ipynb

@@ -10,7 +10,7 @@ __all__ = ['CRITERIA', 'COSTS', 'energy', 'channel_scores', 'how_many', 'pick', 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def energy(
     return weight.float().square().movedim(axis, 0).reshape(weight.shape[axis], -1).sum(1)
 
 # %% ../../nbs/workshop/choosing.ipynb
-CRITERIA: dict[str, Callable] = {
+CRITERIA: dict[str, Callable[..., Any]] = {
     "l2": energy,
     "l1": lambda name, weight, axis: weight.float().abs().movedim(axis, 0).reshape(weight.shape[axis], -1).sum(1),
     "random": lambda name, weight, axis: torch.rand(weight.shape[axis]),
@@ -61,7 +61,7 @@ def channel_scores(
     model: nn.Module,
     groups: Groups,  # from `channel_groups(model, …)`
     criterion: (
-        str | Callable
+        str | Callable[..., Any]
     ) = "l2",  # "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
 ) -> dict[str, np.ndarray]:  # group → a score for each of its channels, in their order
     """How much the model would lose with each channel: the scores of all its slices added up.
@@ -71,7 +71,7 @@ def channel_scores(
     model : nn.Module
     groups : Groups
         from `channel_groups(model, …)`
-    criterion : str | Callable, default 'l2'
+    criterion : str | Callable[..., Any], default 'l2'
         "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
 
     Returns
@@ -209,7 +209,7 @@ def choose_channels(
     milliseconds: (
         float | None
     ) = None,  # or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
-    criterion: str | Callable = "l2",  # which go first: see `channel_scores`
+    criterion: str | Callable[..., Any] = "l2",  # which go first: see `channel_scores`
     round_to: int = 8,  # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",  # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
@@ -231,7 +231,7 @@ def choose_channels(
         or: with parameters and buffers of at most so many bytes; below 1: a share
     milliseconds : float | None, default None
         or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
-    criterion : str | Callable, default 'l2'
+    criterion : str | Callable[..., Any], default 'l2'
         which go first: see `channel_scores`
     round_to : int, default 8
         what remains is a multiple of this (or all) where there are at least twice as many
@@ -270,7 +270,7 @@ def checked_groups(groups: Groups, model: nn.Module) -> Groups:
     return groups
 
 # %% ../../nbs/workshop/choosing.ipynb
-def the_wish(wishes: dict, round_to: int, scope: str) -> tuple[str, float]:
+def the_wish(wishes: dict[str, Any], round_to: int, scope: str) -> tuple[str, float]:
     "The one that was said, checked."
     said = {k: v for k, v in wishes.items() if v is not None}
     if len(said) != 1:
@@ -290,7 +290,7 @@ def the_wish(wishes: dict, round_to: int, scope: str) -> tuple[str, float]:
 
 # %% ../../nbs/workshop/choosing.ipynb
 def within(
-    at: Callable,  # ratio → Choice
+    at: Callable[[float], Any],  # ratio → Choice
     kind: str,  # "macs", "bytes" or "milliseconds"
     budget: float,
     example: Any,
@@ -300,7 +300,7 @@ def within(
 
     Parameters
     ----------
-    at : Callable
+    at : Callable[[float], Any]
         ratio → Choice
     kind : str
         "macs", "bytes" or "milliseconds"
@@ -331,7 +331,7 @@ def median_time(model: nn.Module, example: Any) -> float:
         return latency({"": lambda: call(model, example)}, repeats=15, progress=False)[""].median
 
 
-COSTS = {
+COSTS: dict[str, Any] = {
     "macs": lambda m, example: total_macs(m, example),
     "bytes": lambda m, example: tensor_bytes(m),
     "milliseconds": median_time,
@@ -355,8 +355,13 @@ class ByName(nn.Module):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         return self.model(**dict(zip(self.names, args)))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        names: list[str]
 
 # %% ../../nbs/workshop/choosing.ipynb
 def shrink(

@@ -9,7 +9,7 @@ __all__ = ['label_loss', 'Evidence', 'collect']
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ def feed_copy(
     model: nn.Module,
     batch: Any,
     i: int,  # which batch it is, for errors
-    forward: Callable | None = None,  # of `feed`
-    call: Callable = feed,  # (model, batch) → output, or a loss
+    forward: Callable[..., Any] | None = None,  # of `feed`
+    call: Callable[..., Any] = feed,  # (model, batch) → output, or a loss
 ) -> Any:
     """Feed a copy of a batch; `ValueError` with its number when the model cannot take it.
 
@@ -42,9 +42,9 @@ def feed_copy(
     batch : Any
     i : int
         which batch it is, for errors
-    forward : Callable | None, default None
+    forward : Callable[..., Any] | None, default None
         of `feed`
-    call : Callable, default feed
+    call : Callable[..., Any], default feed
         (model, batch) → output, or a loss
     """
     batch, device = own_copy(batch), device_of(model)
@@ -115,6 +115,16 @@ class Evidence:
     rows: int = 0  # how many x, of all calls
     batches: int = 0  # how many gradients
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def add(self, rows: Tensor, original: None = None, whole: bool = True) -> None:
+            "Add to the sums of inputs."
+            ...
+
+        def finish(self, name: str) -> None:
+            "All rows have come. `ValueError` that names the layer when squares overflow."
+            ...
+
 
 def _sum(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else old.add_(new)
@@ -123,7 +133,7 @@ def _sum(old: Tensor | None, new: Tensor) -> Tensor:
 def gradients(
     model: nn.Module,
     layers: Mapping[str, nn.Module],  # name → layer
-    loss: Callable,  # (model, batch) → scalar
+    loss: Callable[[nn.Module, Any], Tensor],  # (model, batch) → scalar
     batch: Any,
     i: int,  # which batch it is, for errors
 ) -> dict[str, Tensor]:  # name → ∂L/∂w
@@ -134,7 +144,7 @@ def gradients(
     model : nn.Module
     layers : Mapping[str, nn.Module]
         name → layer
-    loss : Callable
+    loss : Callable[[nn.Module, Any], Tensor]
         (model, batch) → scalar
     batch : Any
     i : int
@@ -227,7 +237,7 @@ def finish(self: Evidence, name: str) -> None:
 # %% ../../nbs/workshop/collecting.ipynb
 def _see_inputs(
     model: nn.Module,  # is not run
-    batches: Iterable,
+    batches: Iterable[Any],
     seen: dict[str, Evidence],  # name of a layer → where its sums are kept
     whole: bool,  # x xᵀ, or x² alone
     first: bool,  # stop each run when all of the layers have been called once
@@ -271,9 +281,10 @@ def check_moment(moment: Tensor, damping: float) -> None:
 # %% ../../nbs/workshop/collecting.ipynb
 def collect(
     model: nn.Module,  # runs in eval mode, and is left as it was
-    batches: Iterable | Split,  # of inputs, or of whatever `loss` takes
+    batches: Iterable[Any] | Split,  # of inputs, or of whatever `loss` takes
     needs: str,  # 'gradient', 'movement', 'power' or 'moment'
-    loss: Callable | None = None,  # (model, batch) → scalar; None: cross-entropy of (inputs, labels)
+    loss: Callable[[nn.Module, Any], Tensor]
+    | None = None,  # (model, batch) → scalar; None: cross-entropy of (inputs, labels)
     layers: dict[str, nn.Module] | None = None,  # name → layer; None: all that can be pruned
     lr: float = 0.01,  # for 'movement'
     first: bool = False,  # for 'power' and 'moment': stop each run when all of the layers have been called once
@@ -285,11 +296,11 @@ def collect(
     ----------
     model : nn.Module
         runs in eval mode, and is left as it was
-    batches : Iterable | Split
+    batches : Iterable[Any] | Split
         of inputs, or of whatever `loss` takes
     needs : str
         'gradient', 'movement', 'power' or 'moment'
-    loss : Callable | None, default None
+    loss : Callable[[nn.Module, Any], Tensor] | None, default None
         (model, batch) → scalar; None: cross-entropy of (inputs, labels)
     layers : dict[str, nn.Module] | None, default None
         name → layer; None: all that can be pruned
@@ -321,9 +332,9 @@ def collect(
 def in_order(
     model: nn.Module,  # it is left as it is, but for what `change` does to it
     layers: Mapping[str, nn.Module],  # name → layer
-    batches: Iterable,
+    batches: Iterable[Any],
     # (name, its twin in the copy that runs, `Evidence` with H) → None; sets new values in both, which may share them
-    change: Callable,
+    change: Callable[..., Any],
 ) -> None:
     """Go through the layers in the order of their calls; each is seen with all before it as they were changed.
 
@@ -333,8 +344,8 @@ def in_order(
         it is left as it is, but for what `change` does to it
     layers : Mapping[str, nn.Module]
         name → layer
-    batches : Iterable
-    change : Callable
+    batches : Iterable[Any]
+    change : Callable[..., Any]
         (name, its twin in the copy that runs, `Evidence` with H) → None; sets new values in both, which may share
         them
     """

@@ -9,6 +9,7 @@ __all__ = ['save_plain', 'load_plain', 'batch_of', 'file_name', 'check_models', 
 import os, re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .models import copied
 # %% ../../nbs/workshop/comparing.ipynb
 def save_plain(
     model: nn.Module,  # any model; tied tensors are stored once
-    path: str | os.PathLike,  # file to write
+    path: str | os.PathLike[str],  # file to write
 ) -> None:
     """Save the state dict as safetensors, the uncompressed baseline.
 
@@ -28,21 +29,21 @@ def save_plain(
     ----------
     model : nn.Module
         any model; tied tensors are stored once
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         file to write
     """
     need("safetensors.torch", "hf").save_model(model, str(path))
 
 
 def load_plain(
-    path: str | os.PathLike,  # what `save_plain` wrote
+    path: str | os.PathLike[str],  # what `save_plain` wrote
     model: nn.Module,  # of the same architecture; it is copied, not changed
 ) -> nn.Module:  # in eval mode
     """Load a state dict from safetensors into a copy of `model`.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         what `save_plain` wrote
     model : nn.Module
         of the same architecture; it is copied, not changed
@@ -69,7 +70,7 @@ def file_name(i: int, name: str, suffix: str) -> str:
     return f"{i:02}-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')[:60] or 'model'}{suffix}"
 
 
-def check_models(models: dict, batches: tuple, baseline: str | None) -> str:
+def check_models(models: dict[str, Any], batches: tuple[int, ...], baseline: str | None) -> str:
     "The baseline's name; ValueError and TypeError say what cannot be compared."
     if not models:
         raise ValueError("models is empty: there is nothing to compare")
@@ -84,9 +85,9 @@ def check_models(models: dict, batches: tuple, baseline: str | None) -> str:
 
 # %% ../../nbs/workshop/comparing.ipynb
 def stored_models(
-    models: dict,  # name → model or path
-    save: Callable,
-    load: Callable,
+    models: dict[str, Any],  # name → model or path
+    save: Callable[..., Any],
+    load: Callable[..., Any],
     folder: Path,  # where the files go
     suffix: str,  # of the files
     progress: bool,  # show a bar
@@ -95,10 +96,10 @@ def stored_models(
 
     Parameters
     ----------
-    models : dict
+    models : dict[str, Any]
         name → model or path
-    save : Callable
-    load : Callable
+    save : Callable[..., Any]
+    load : Callable[..., Any]
     folder : Path
         where the files go
     suffix : str

@@ -33,16 +33,16 @@ class Sized:
         return self.shape.numel()
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(iter(self.parts().values())).device
 
-    def to(self, *args, **kwargs) -> "CompressedTensor":
+    def to(self, *args: Any, **kwargs: Any) -> "CompressedTensor":
         "Another device; or another dtype to dequantize to (codes and scales keep theirs)."
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         meta = self.meta() | ({"dtype": dtype_name(dtype)} if dtype else {})
         return type(self).from_parts({k: p.to(device) if device else p for k, p in self.parts().items()}, meta)
 
-    def clone(self):
+    def clone(self) -> "CompressedTensor":
         return copy.deepcopy(self)
 
     def describe(self) -> str:
@@ -137,6 +137,10 @@ def _may_overflow(q: Any) -> bool:
 class Parts(nn.Module):
     """The base of `Packed`: holds the parts of a compressed tensor as buffers, their meaning as extra state. Copies
     of a model in which layers are replaced share it, for nothing writes to it."""
+
+    said: str
+    stands_for: str | None
+    trainable: bool
 
     kinds: dict[str, type] = {}  # the registry
     trainable = True  # whether the parameter that it stands for was; `dequantize_model` makes it so again

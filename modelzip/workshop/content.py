@@ -371,7 +371,7 @@ def _instance(walk, x):
 
 _Walk.instance = _instance
 
-KINDS = [  # the first that fits
+KINDS: list[Any] = [  # the first that fits
     (nn.Module, _module),
     (Tensor, _tensor),
     (np.ndarray, _array),

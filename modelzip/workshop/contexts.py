@@ -6,6 +6,7 @@
 __all__ = ['BITS', 'weights_of', 'shares_of_rows', 'Tables', 'LaneReader', 'LaneWriter', 'write_states', 'read_states']
 
 # %% ../../nbs/workshop/contexts.ipynb
+from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from .coders import CodingError
@@ -72,6 +73,10 @@ class Tables:
         uint8 [contexts, symbols]; at most 256 symbols
     """
 
+    symbols: np.ndarray
+    owner: np.ndarray
+    packed: np.ndarray
+
     def __init__(
         self,
         weights: np.ndarray,  # uint8 [contexts, symbols]; at most 256 symbols
@@ -95,6 +100,9 @@ class LaneReader:
     digits : np.ndarray
         uint16
     """
+
+    digits: np.ndarray
+    x: np.ndarray
 
     def __init__(
         self,
@@ -148,9 +156,17 @@ class LaneReader:
         shifts = np.arange(count, dtype=np.uint32)[:, None] * np.uint32(bits)
         return (left >> shifts & np.uint32((1 << bits) - 1)).astype(np.uint8)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        tables: Tables
+        at: int
+
 # %% ../../nbs/workshop/contexts.ipynb
 class LaneWriter:
     "Records symbols with their contexts, counts them, and pushes them into many states side by side."
+
+    first: np.ndarray
+    steps: list[Any]
 
     def __init__(self, lanes: int):
         self.lanes, self.steps, self.first = lanes, [], np.full(lanes, LOW, np.uint32)
@@ -212,6 +228,10 @@ class LaneWriter:
             whole = x // share
             x += (whole << np.uint32(BITS)) - whole * share + (found >> np.uint32(16))
         return x, np.concatenate([np.empty(0, np.uint16), *reversed(out)])
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lanes: int
 
 # %% ../../nbs/workshop/contexts.ipynb
 def write_states(

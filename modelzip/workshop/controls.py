@@ -25,9 +25,9 @@ class Control:
         the argument of the function that it sets
     kind : str
         'slider', 'menu' or 'checkbox'
-    values : tuple
+    values : tuple[Any, ...]
         what the function is given
-    labels : tuple
+    labels : tuple[str, ...]
         what the reader sees, one text for each value
     start : int, default 0
         position of the value that is shown first
@@ -35,8 +35,8 @@ class Control:
 
     name: str  # the argument of the function that it sets
     kind: str  # 'slider', 'menu' or 'checkbox'
-    values: tuple  # what the function is given
-    labels: tuple  # what the reader sees, one text for each value
+    values: tuple[Any, ...]  # what the function is given
+    labels: tuple[str, ...]  # what the reader sees, one text for each value
     start: int = 0  # position of the value that is shown first
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ def steps(
     low: float,  # the first value
     high: float,  # the last value, included when a whole number of steps leads to it
     step: float = 1,  # the distance between two values, above 0
-) -> list:  # low, low + step, … up to high; integers stay integers
+) -> list[Any]:  # low, low + step, … up to high; integers stay integers
     """Evenly spaced values from `low` to `high`, as `(low, high, step)` asks for them.
 
     Parameters
@@ -84,7 +84,7 @@ def steps(
 
     Returns
     -------
-    list
+    list[Any]
         low, low + step, … up to high; integers stay integers
     """
     if (
@@ -113,7 +113,7 @@ def steps(
 def values_of(
     name: str,  # the control's name, for the error message
     spec: Any,  # range, list, tuple, dict, or an array of one dimension
-) -> tuple[list, list]:  # the values and their labels
+) -> tuple[list[Any], list[Any]]:  # the values and their labels
     """Read a control's specification, everything but a bool.
 
     Parameters
@@ -125,7 +125,7 @@ def values_of(
 
     Returns
     -------
-    tuple[list, list]
+    tuple[list[Any], list[Any]]
         the values and their labels
     """
     if isinstance(spec, dict):
@@ -204,7 +204,7 @@ def combinations(controls: list[Control]) -> Iterator[tuple[int, ...]]:
 def choice(
     controls: list[Control],  # the controls
     positions: tuple[int, ...],  # a position for each of them
-) -> dict:  # arguments by name
+) -> dict[str, Any]:  # arguments by name
     """The arguments that a position of the controls stands for.
 
     Parameters
@@ -216,13 +216,13 @@ def choice(
 
     Returns
     -------
-    dict
+    dict[str, Any]
         arguments by name
     """
     return {c.name: c.values[i] for c, i in zip(controls, positions)}
 
 
-def initial(controls: list[Control]) -> dict:
+def initial(controls: list[Control]) -> dict[str, Any]:
     "The arguments that are shown first."
     return choice(controls, [c.start for c in controls])
 

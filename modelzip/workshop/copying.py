@@ -8,6 +8,7 @@ __all__ = ['ALONE', 'Follow', 'follow_layers', 'makers_of', 'copied_outputs', 'r
 # %% ../../nbs/workshop/copying.ipynb
 import collections
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,21 @@ ALONE = {*POINTWISE, *LIFTING, *MIXING}  # functions of each number alone, when 
 class Follow(TorchFunctionMode):
     "Watches runs: what each layer is given, and which of their outputs somebody else reads."
 
+    inside: Any
+    made: dict[Any, Any]
+    readers: dict[Any, set[Any]]
+    sources: dict[Any, set[Any]]
+
     def __init__(self):
         super().__init__()
         self.made, self.inside = {}, None  # id of a tensor → it, and the layers that it is made of
         self.sources, self.readers = collections.defaultdict(set), collections.defaultdict(set)
 
-    def of(self, t: Tensor) -> frozenset:  # of layers
+    def of(self, t: Tensor) -> frozenset[str]:  # of layers
         known, layers = self.made.get(id(t), (None, frozenset()))
         return layers if known is t else frozenset()
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = f(*args, **(kwargs or {}))
         name, tensors = name_of(f), tensors_of((args, kwargs))
         layers = frozenset().union(*map(self.of, tensors))
@@ -81,23 +87,25 @@ def follow_layers(follow: Follow, model: nn.Module, layers: Iterable[str]) -> No
 @torch.no_grad()
 def makers_of(
     model: nn.Module,  # in eval mode; it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     layers: Iterable[str],  # names of `Linear` layers: those that may make copies, and those that may ask for them
-) -> dict[str, frozenset]:  # layer → the layers whose outputs, number by number, are its input, and go nowhere else
+) -> dict[
+    str, frozenset[str]
+]:  # layer → the layers whose outputs, number by number, are its input, and go nowhere else
     """Who could make copies for whom, as runs on the data show.
 
     Parameters
     ----------
     model : nn.Module
         in eval mode; it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     layers : Iterable[str]
         names of `Linear` layers: those that may make copies, and those that may ask for them
 
     Returns
     -------
-    dict[str, frozenset]
+    dict[str, frozenset[str]]
         layer → the layers whose outputs, number by number, are its input, and go nowhere else
     """
     layers = [n for n in layers if not hooks_of(model.get_submodule(n))]
@@ -124,7 +132,7 @@ def makers_of(
 @torch.no_grad()
 def copied_outputs(
     model: nn.Module,  # it is left as it is
-    places: Mapping[str, tuple[frozenset, Tensor]],  # reader → its makers, and which input stands at each place
+    places: Mapping[str, tuple[frozenset[str], Tensor]],  # reader → its makers, and which input stands at each place
 ) -> nn.Module:  # a copy that computes the same
     """A float model in which layers put some of their outputs out several times.
 
@@ -132,7 +140,7 @@ def copied_outputs(
     ----------
     model : nn.Module
         it is left as it is
-    places : Mapping[str, tuple[frozenset, Tensor]]
+    places : Mapping[str, tuple[frozenset[str], Tensor]]
         reader → its makers, and which input stands at each place
 
     Returns
@@ -162,8 +170,8 @@ def resized(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> Non
 @torch.no_grad()
 def same_with_copies(
     model: nn.Module,  # in eval mode
-    batches: list,  # of `feed`
-    places: Mapping[str, tuple[frozenset, Tensor]],  # as for `copied_outputs`
+    batches: list[Any],  # of `feed`
+    places: Mapping[str, tuple[frozenset[str], Tensor]],  # as for `copied_outputs`
 ) -> bool:
     """Whether a model with copies answers as before, to rounding.
 
@@ -171,9 +179,9 @@ def same_with_copies(
     ----------
     model : nn.Module
         in eval mode
-    batches : list
+    batches : list[Any]
         of `feed`
-    places : Mapping[str, tuple[frozenset, Tensor]]
+    places : Mapping[str, tuple[frozenset[str], Tensor]]
         as for `copied_outputs`
     """
     twins = Twin(model), Twin(copied_outputs(model, places))

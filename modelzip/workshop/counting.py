@@ -11,7 +11,7 @@ __all__ = ['PRODUCTS', 'KERNELS', 'FORMULAS', 'mac_rules', 'hidden', 'SlowPath',
 import inspect, math, re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +35,23 @@ def _product(a: Tensor, b: Tensor) -> int:
     return _stored(a) * (b.shape[-1] if b.dim() > 1 else 1)
 
 
-def _convolved(args: tuple, y: Tensor) -> int:
+def _convolved(args: tuple[Any, ...], y: Tensor) -> int:
     x, weight = args[:2]
     return (x if len(args) > 7 and args[6] else y).numel() * math.prod(weight.shape[1:])
 
 
-def _attended(args: tuple, y: Any) -> int:
+def _attended(args: tuple[Any, ...], y: Any) -> int:
     "Scores and their sum of values: all pairs, masked or not."
     q, k, v = args[:3]
     return math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 # %% ../../nbs/workshop/counting.ipynb
-def _recurrent(args: tuple, y: Any) -> int:
+def _recurrent(args: tuple[Any, ...], y: Any) -> int:
     x, inputs, hidden = args[:3]
     return math.prod(x.shape[:-1]) * (inputs.numel() + hidden.numel())
 
 
-def _trilinear(args: tuple, y: Tensor) -> int:
+def _trilinear(args: tuple[Any, ...], y: Tensor) -> int:
     "What `nn.Bilinear` runs: a product with the first input, then one with the second."
     *expanded, contracted = [tuple(d) for d in args[3:6]] + [args[6]]
     tensors = [t for t in args[:3]]
@@ -62,11 +62,11 @@ def _trilinear(args: tuple, y: Tensor) -> int:
     return math.prod(whole) + math.prod(whole) // max(1, whole[contracted[0]])
 
 
-def _rows(args: tuple, y: Tensor) -> int:
+def _rows(args: tuple[Any, ...], y: Tensor) -> int:
     return y.numel() * args[0].shape[-1]
 
 
-def _grouped(args: tuple, y: Tensor) -> int:
+def _grouped(args: tuple[Any, ...], y: Tensor) -> int:
     "Each group of rows, or of columns, with its own matrix."
     a, b = args[:2]
     return _product(a, b) if a.dim() == b.dim() == 2 else _rows(args, y)
@@ -74,7 +74,7 @@ def _grouped(args: tuple, y: Tensor) -> int:
 # %% ../../nbs/workshop/counting.ipynb
 _at = lambda i: lambda args, y: _product(args[i], args[i + 1])
 _flash = "_scaled_dot_product_{}attention{}"
-PRODUCTS: dict[str, Callable] = {  # operation → MACs, from its arguments and its result
+PRODUCTS: dict[str, Callable[..., Any]] = {  # operation → MACs, from its arguments and its result
     **dict.fromkeys(
         (
             "aten::mm",
@@ -184,12 +184,16 @@ class _Run:
     def __init__(self, module, owner):
         self.module, self.owner, self.count, self.hides = module, owner, 0, None
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        count: int
+
 
 class SlowPath(TorchFunctionMode):
     """A block in which attention calls its layers one by one: its fast path steps aside for any mode. Nothing
     outside of this thread notices."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
 
 # %% ../../nbs/workshop/counting.ipynb
@@ -200,17 +204,22 @@ class Work(TorchDispatchMode):
     ----------
     owners : dict[nn.Module, str]
         module → whom its work is booked to
-    own : Callable
+    own : Callable[..., Any]
         module → the formula of its class, which is believed without looking, or None
-    formula : Callable
+    formula : Callable[..., Any]
         module → a formula (inputs, output) → MACs for kernels that hide their work, or None
     """
+
+    counts: dict[Any, Any]
+    runs: list[Any]
 
     def __init__(
         self,
         owners: dict[nn.Module, str],  # module → whom its work is booked to
-        own: Callable,  # module → the formula of its class, which is believed without looking, or None
-        formula: Callable,  # module → a formula (inputs, output) → MACs for kernels that hide their work, or None
+        own: Callable[..., Any],  # module → the formula of its class, which is believed without looking, or None
+        formula: Callable[
+            ..., Any
+        ],  # module → a formula (inputs, output) → MACs for kernels that hide their work, or None
     ):
         super().__init__()
         self.owners, self.own, self.formula, self.counts, self.runs, self.believed = (
@@ -222,7 +231,7 @@ class Work(TorchDispatchMode):
             0,
         )
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = f"{op.namespace}::{op.overloadpacket.__name__}"
         if name not in PRODUCTS:
             with self:
@@ -237,6 +246,13 @@ class Work(TorchDispatchMode):
         elif hidden(name):
             run.hides = name
         return y
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        owners: dict[nn.Module, str]
+        own: Callable[..., Any]
+        formula: Callable[..., Any]
+        believed: int
 
 # %% ../../nbs/workshop/counting.ipynb
 def _before(self, module, *_):
@@ -271,7 +287,7 @@ def _unhidden(self, run, args, kwargs, y):
 Work._before, Work._after, Work._unhidden = _before, _after, _unhidden
 
 # %% ../../nbs/workshop/counting.ipynb
-def in_order(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     "The arguments of a call as positions."
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -303,22 +319,22 @@ def listening(model: nn.Module, work: Work) -> Iterator[None]:
             h.remove()
 
 # %% ../../nbs/workshop/counting.ipynb
-def linear_macs(m: nn.Module, x: tuple, y: Tensor) -> int:
+def linear_macs(m: nn.Module, x: tuple[Any, ...], y: Tensor) -> int:
     "Each output number: one multiplication for each input feature."
     return y.numel() * m.in_features
 
 
-def conv_macs(m: nn.Module, x: tuple, y: Tensor) -> int:
+def conv_macs(m: nn.Module, x: tuple[Any, ...], y: Tensor) -> int:
     "Each output number sees the channels of its group through the window."
     return y.numel() * m.in_channels // m.groups * math.prod(m.kernel_size)
 
 
-def transposed_macs(m: nn.Module, x: tuple, y: Tensor) -> int:
+def transposed_macs(m: nn.Module, x: tuple[Any, ...], y: Tensor) -> int:
     "Each *input* number is spread over the window."
     return x[0].numel() * m.out_channels // m.groups * math.prod(m.kernel_size)
 
 
-def attention_macs(m: nn.Module, x: tuple, y: Any) -> int:
+def attention_macs(m: nn.Module, x: tuple[Any, ...], y: Any) -> int:
     "Four projections, and two products of activations with each other."
     query, key, value = x[:3]
     sequence = -2 if query.dim() == 2 or m.batch_first else 0
@@ -332,7 +348,7 @@ def _bilinear_macs(m, x, y):
     return y.numel() * (m.in1_features * m.in2_features + m.in2_features)
 
 
-FORMULAS: dict[type, Callable] = {
+FORMULAS: dict[type, Callable[..., Any]] = {
     nn.Linear: linear_macs,
     nn.Bilinear: _bilinear_macs,
     nn.MultiheadAttention: attention_macs,
@@ -342,16 +358,16 @@ FORMULAS: dict[type, Callable] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), transposed_macs),
 }
 # your own layers: class → MACs, from (layer, inputs in the order of `forward`, output)
-mac_rules: dict[type, Callable] = {}
+mac_rules: dict[type, Callable[..., Any]] = {}
 
 # %% ../../nbs/workshop/counting.ipynb
-def own_formula(module: nn.Module | None) -> Callable | None:
+def own_formula(module: nn.Module | None) -> Callable[..., Any] | None:
     "The formula of `mac_rules`, for the layer itself."
     rule = next((mac_rules[cls] for cls in type(module).__mro__ if cls in mac_rules), None)
     return None if rule is None else lambda x, y: rule(module, x, y)
 
 
-def formula_of(module: nn.Module | None) -> Callable | None:
+def formula_of(module: nn.Module | None) -> Callable[..., Any] | None:
     "The formula of a layer of PyTorch's, which is the module itself or what it wraps."
     layer = module
     while isinstance(layer, nn.Module):

@@ -7,6 +7,7 @@ __all__ = ['CRITERIA', 'Criterion', 'as_criterion', 'Random', 'Movement']
 
 # %% ../../nbs/workshop/criteria.ipynb
 from collections.abc import Callable, Iterable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,22 +20,22 @@ class Criterion:
     "Scores weights; those of the least score are pruned."
 
     needs: str | None = None  # which data `collect` should look at
-    scope = "global"  # among which weights scores are compared, when nobody says
+    scope: str = "global"  # among which weights scores are compared, when nobody says
 
     def score(
         self,
         weight: Tensor,  # of a layer, zero where it is pruned already
-        seen: Evidence | None,  # what `collect` found for that layer; None without `needs`
+        seen: Any,  # what `collect` found for that layer; None without `needs`
     ) -> Tensor:  # of the same shape
         raise NotImplementedError
 
-    repairs = False  # whether it has a `cut` of its own, that moves the weights which stay
+    repairs: bool = False  # whether it has a `cut` of its own, that moves the weights which stay
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 # %% ../../nbs/workshop/criteria.ipynb
-CRITERIA: dict[str, Callable] = {}  # name → what makes a criterion; chapters enter theirs
+CRITERIA: dict[str, Callable[..., Any]] = {}  # name → what makes a criterion; chapters enter theirs
 
 
 def as_criterion(
@@ -58,19 +59,19 @@ def as_criterion(
 # %% ../../nbs/workshop/criteria.ipynb
 def needed(
     criterion: Criterion,  # one that looks at data
-    batches: Iterable | Split | None,
-) -> Iterable | Split:  # the same batches
+    batches: Iterable[Any] | Split | None,
+) -> Iterable[Any] | Split:  # the same batches
     """`ValueError` when a criterion needs data, and there are none.
 
     Parameters
     ----------
     criterion : Criterion
         one that looks at data
-    batches : Iterable | Split | None
+    batches : Iterable[Any] | Split | None
 
     Returns
     -------
-    Iterable | Split
+    Iterable[Any] | Split
         the same batches
     """
     if batches is None:
@@ -84,23 +85,31 @@ class Random(Criterion):
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
 
-    def score(self, weight, seen=None):
+    def score(self, weight: Tensor, seen: Any = None) -> Tensor:
         return -torch.rand(weight.shape, dtype=weight.dtype, device=weight.device, generator=self.generator)
 
-    def of_units(self, count, device):
+    def of_units(self, count: int, device: torch.device) -> Tensor:
         return torch.rand(count, device=device, generator=self.generator)  # one throw for each
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        generator: torch.Generator | None
 
 
 class Movement(Criterion):
     "−Σ η·w·∂L/∂w while a copy is trained over the batches (Sanh et al. 2020, arXiv:2005.07683)."
 
-    needs = "movement"
+    needs: str = "movement"
 
     def __init__(self, lr: float = 0.01):
         self.lr = lr
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.movement
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lr: float
 
 
 CRITERIA |= {"random": Random, "movement": Movement}

@@ -22,10 +22,11 @@ from .prunable import PRUNABLE, check_finite, check_patterns, prunable_layers
 # %% ../../nbs/workshop/cutting.ipynb
 def cut_layer(
     layer: nn.Module,  # it is left as it is
-    h: Tensor | Callable | Criterion | str,  # bool mask: True stays; or what gives a saliency to each weight
+    h: Tensor | Callable[..., Any] | Criterion | str,  # bool mask: True stays; or what gives a saliency to each weight
     bound: float = 0.0,  # ε: weights with h ≤ ε are cut
-    batches: Iterable | None = None,  # inputs of this layer, for criteria that need data
-    loss: Callable | None = None,  # (layer, batch) → scalar, for criteria that need a gradient
+    batches: Iterable[Any] | None = None,  # inputs of this layer, for criteria that need data
+    loss: Callable[[nn.Module, Any], Tensor]
+    | None = None,  # (layer, batch) → scalar, for criteria that need a gradient
 ) -> nn.Module:  # a copy with a mask
     """Cut the weights whose heuristic saliency is at most a bound. If h bounds the true saliency from above, all
     that was cut is cheap.
@@ -34,13 +35,13 @@ def cut_layer(
     ----------
     layer : nn.Module
         it is left as it is
-    h : Tensor | Callable | Criterion | str
+    h : Tensor | Callable[..., Any] | Criterion | str
         bool mask: True stays; or what gives a saliency to each weight
     bound : float, default 0.0
         ε: weights with h ≤ ε are cut
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         inputs of this layer, for criteria that need data
-    loss : Callable | None, default None
+    loss : Callable[[nn.Module, Any], Tensor] | None, default None
         (layer, batch) → scalar, for criteria that need a gradient
 
     Returns
@@ -55,9 +56,10 @@ def cut_model(
     model: nn.Module,  # it is left as it is
     h: Any,  # a heuristic for all layers; or a dict of names or patterns and masks or heuristics
     bound: float = 0.0,  # ε: weights with h ≤ ε are cut
-    batches: Iterable | None = None,  # for criteria that need data
-    loss: Callable | None = None,  # (model, batch) → scalar, for criteria that need a gradient
-    layers: tuple = PRUNABLE,  # classes of the layers that are cut
+    batches: Iterable[Any] | None = None,  # for criteria that need data
+    loss: Callable[[nn.Module, Any], Tensor]
+    | None = None,  # (model, batch) → scalar, for criteria that need a gradient
+    layers: tuple[type, ...] = PRUNABLE,  # classes of the layers that are cut
     allow_empty: bool = False,  # may a layer lose all its weights?
 ) -> nn.Module:  # a copy with masks
     """Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything.
@@ -70,11 +72,11 @@ def cut_model(
         a heuristic for all layers; or a dict of names or patterns and masks or heuristics
     bound : float, default 0.0
         ε: weights with h ≤ ε are cut
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         for criteria that need data
-    loss : Callable | None, default None
+    loss : Callable[[nn.Module, Any], Tensor] | None, default None
         (model, batch) → scalar, for criteria that need a gradient
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes of the layers that are cut
     allow_empty : bool, default False
         may a layer lose all its weights?

@@ -8,7 +8,7 @@ __all__ = ['checked_count', 'checked_seconds', 'Watch', 'all_ended']
 # %% ../../nbs/workshop/deadlines.ipynb
 import math, os, sys, threading, time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .arguments import at_least
 
@@ -77,18 +77,20 @@ class Watch:
     ----------
     lock : threading.RLock
         under which `note` and `end` are called, and `late`
-    late : Callable
+    late : Callable[..., Any]
         now → those whose time is over, and the next deadline (infinity: none)
     """
+
+    next: float
 
     def __init__(
         self,
         lock: threading.RLock,  # under which `note` and `end` are called, and `late`
-        late: Callable,  # now → those whose time is over, and the next deadline (infinity: none)
+        late: Callable[..., Any],  # now → those whose time is over, and the next deadline (infinity: none)
     ):
         self.soon, self.late, self.next, self.over = threading.Condition(lock), late, math.inf, False
         self.team: list[threading.Thread] = []  # one at most
-        self.fail: Callable = lambda x: None  # to be set: called with each that is late
+        self.fail: Callable[..., Any] = lambda x: None  # to be set: called with each that is late
 
     def note(self, deadline: float | None) -> None:
         "Somebody waits until then."
@@ -121,6 +123,12 @@ class Watch:
                 except BaseException:  # of a callback
                     pass
             late = x = None  # nothing is kept
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        soon: threading.Condition
+        late: Callable[..., Any]
+        over: bool
 
 # %% ../../nbs/workshop/deadlines.ipynb
 def all_ended(

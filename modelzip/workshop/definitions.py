@@ -22,10 +22,10 @@ def installed(cls: type) -> bool:
     )
 
 # %% ../../nbs/workshop/definitions.ipynb
-MARKS = weakref.WeakKeyDictionary()  # wrapper → the function in it
+MARKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # wrapper → the function in it
 
 
-def unmarked(f: Callable) -> Callable:
+def unmarked(f: Callable[..., Any]) -> Callable[..., Any]:
     "A function without the wrappers that are noted in `MARKS`."
     while isinstance(f, types.FunctionType) and f in MARKS:
         f = MARKS[f]
@@ -76,7 +76,7 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _meaning(f: Callable, cls: type | None = None) -> list:
+def _meaning(f: Callable[..., Any], cls: type | None = None) -> list[Any]:
     "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
     f = unmarked(f)
     cells = [_held(c) for c in f.__closure__ or ()]
@@ -96,7 +96,7 @@ def _held(cell):
         return object()
 
 
-def _code(c: types.CodeType) -> list:
+def _code(c: types.CodeType) -> list[Any]:
     "What a function does, and what the functions in it do."
     return [
         c.co_code,
@@ -106,7 +106,7 @@ def _code(c: types.CodeType) -> list:
     ]
 
 
-def _contents(cls: type) -> dict:
+def _contents(cls: type) -> dict[str, Any]:
     "Methods and attributes of a class."
     parts = lambda v: (
         (v.fget, v.fset, v.fdel)

@@ -17,7 +17,7 @@ from .arguments import need
 from .tracing import output_axis
 
 # %% ../../nbs/workshop/drawing.ipynb
-def maker(t: Any, members: tuple, names: collections.Counter) -> str:
+def maker(t: Any, members: tuple[tuple[str, int], ...], names: collections.Counter[Any]) -> str:
     "The layer that makes some channels: the first that has them as rows. A second group of one layer gets a number."
     makes = lambda n, a: "." in n and len(t.owned[n].shape) > 1 and a == output_axis(t.modules[n.rpartition(".")[0]])
     first = next((n for n, a in members if makes(n, a)), members[0][0])
@@ -26,7 +26,7 @@ def maker(t: Any, members: tuple, names: collections.Counter) -> str:
     return name if names[name] == 1 else f"{name} ({names[name]})"
 
 # %% ../../nbs/workshop/drawing.ipynb
-def left_alone(t: Any, axes: dict, free: set) -> dict[str, str]:
+def left_alone(t: Any, axes: dict[str, Any], free: set[int]) -> dict[str, str]:
     "Layers none of whose outputs may go, with the reason."
     left = {}
     for (name, axis), roots in axes.items():
@@ -77,17 +77,17 @@ class Group:
     ----------
     name : str
         the layer that makes them
-    roots : tuple
+    roots : tuple[int, ...]
         a number for each
-    members : tuple
+    members : tuple[tuple[str, int], ...]
         (name of a tensor, axis): where each has a slice, or several
     width : int
         slices that one of them has along the first of these
     """
 
     name: str  # the layer that makes them
-    roots: tuple  # a number for each
-    members: tuple  # (name of a tensor, axis): where each has a slice, or several
+    roots: tuple[int, ...]  # a number for each
+    members: tuple[tuple[str, int], ...]  # (name of a tensor, axis): where each has a slice, or several
     width: int  # slices that one of them has along the first of these
 
     def __len__(self) -> int:
@@ -109,14 +109,14 @@ class Groups:
         layer whose outputs stay → the reason
     trace : Any
         the `Trace` that found them
-    axes : dict
+    axes : dict[str, Any]
         (name of a tensor, axis) → the root of each place
     """
 
     groups: list[Group]
     left: dict[str, str]  # layer whose outputs stay → the reason
     trace: Any  # the `Trace` that found them
-    axes: dict  # (name of a tensor, axis) → the root of each place
+    axes: dict[str, Any]  # (name of a tensor, axis) → the root of each place
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -211,7 +211,7 @@ def draw_groups(
     return ax
 
 # %% ../../nbs/workshop/drawing.ipynb
-def draw_arrow(ax: Any, start: tuple, end: tuple) -> None:
+def draw_arrow(ax: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
     "From what is read to what reads it; around whatever stands between."
     bend = 0.25 if end[0] - start[0] > 1 else 0
     ax.annotate(
@@ -228,7 +228,7 @@ def draw_arrow(ax: Any, start: tuple, end: tuple) -> None:
     )
 
 # %% ../../nbs/workshop/drawing.ipynb
-def draw_layer(ax: Any, name: str, spot: tuple, ways: list[str]) -> None:
+def draw_layer(ax: Any, name: str, spot: tuple[float, float], ways: list[str]) -> None:
     "A box, orange if rows light up, blue if columns do, pink for both."
     color = {(): "0.93", ("rows",): "#E69F00", ("columns",): "#56B4E9"}.get(tuple(ways), "#CC79A7")
     label = "\n".join([name if len(name) < 14 else "…" + name[-12:], *(["\nand ".join(ways)] if ways else [])])
@@ -242,7 +242,7 @@ def draw_layer(ax: Any, name: str, spot: tuple, ways: list[str]) -> None:
     )
 
 # %% ../../nbs/workshop/drawing.ipynb
-def slices_lit(g: Any, names: Iterable[str]) -> dict[str, set]:
+def slices_lit(g: Any, names: Iterable[str]) -> dict[str, set[int]]:
     "Layer → how the groups' channels lie in it."
     lit, owned = collections.defaultdict(set), g.trace.owned
     for tensor, axis in (m for name in names for m in g[name].members):

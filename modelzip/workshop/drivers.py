@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'ROUND_TO_NEAREST', 'named', 'warn_caller', 'columns_by_na
 import importlib, inspect, sys, warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -27,7 +27,7 @@ from .models import carry_hooks, computed
 from .watching import name_of, points_of, unseen
 
 # %% ../../nbs/workshop/drivers.ipynb
-def named(name: str, f: Callable, *args, **kwargs) -> Any:
+def named(name: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     "Call a function; its errors begin with the name of a layer."
     try:
         return f(*args, **kwargs)
@@ -44,11 +44,11 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 # %% ../../nbs/workshop/drivers.ipynb
-COLUMNS: dict[str, Callable] = {}  # name → (weight, statistics, **options) → column scales
-ROUND_TO_NEAREST: list[Callable] = [nearest_weight]  # methods that do so where nothing is known of the inputs
+COLUMNS: dict[str, Callable[..., Any]] = {}  # name → (weight, statistics, **options) → column scales
+ROUND_TO_NEAREST: list[Callable[..., Any]] = [nearest_weight]  # methods that do so where nothing is known of the inputs
 
 
-def columns_by_name(columns: Callable | str | None) -> Callable | None:
+def columns_by_name(columns: Callable[..., Any] | str | None) -> Callable[..., Any] | None:
     "Look up a rule for column scales."
     if isinstance(columns, str):
         if columns not in COLUMNS:
@@ -63,28 +63,28 @@ class Job:
 
     Parameters
     ----------
-    method : Callable
+    method : Callable[..., Any]
         (weight, statistics, **options) → QTensor
-    columns : Callable | None
+    columns : Callable[..., Any] | None
         (weight, statistics, **options) → column scales
     plan : list[Matrix]
-    ties : dict, default field(default_factory=dict)
+    ties : dict[Any, Any], default field(default_factory=dict)
         tie → its places in the plan
-    packed : dict, default field(default_factory=dict)
+    packed : dict[Any, Any], default field(default_factory=dict)
         tie → what it has become
-    untold : dict, default field(default_factory=dict)
+    untold : dict[str, str], default field(default_factory=dict)
         name of a matrix → why there are no statistics of it
-    told : set, default field(default_factory=set)
+    told : set[Any], default field(default_factory=set)
         ties that had some
     """
 
-    method: Callable  # (weight, statistics, **options) → QTensor
-    columns: Callable | None  # (weight, statistics, **options) → column scales
+    method: Callable[..., Any]  # (weight, statistics, **options) → QTensor
+    columns: Callable[..., Any] | None  # (weight, statistics, **options) → column scales
     plan: list[Matrix]
-    ties: dict = field(default_factory=dict)  # tie → its places in the plan
-    packed: dict = field(default_factory=dict)  # tie → what it has become
-    untold: dict = field(default_factory=dict)  # name of a matrix → why there are no statistics of it
-    told: set = field(default_factory=set)  # ties that had some
+    ties: dict[Any, Any] = field(default_factory=dict)  # tie → its places in the plan
+    packed: dict[Any, Any] = field(default_factory=dict)  # tie → what it has become
+    untold: dict[str, str] = field(default_factory=dict)  # name of a matrix → why there are no statistics of it
+    told: set[Any] = field(default_factory=set)  # ties that had some
 
     def __post_init__(self) -> None:
         for m in self.plan:
@@ -92,11 +92,61 @@ class Job:
             check_finite(m.weight.detach(), what)
             self.ties.setdefault(m.tie, []).append(m)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def one(
+            self,
+            tie: tuple[Any, ...],
+            statistics: Any,
+            why: str | None = None,
+            target: Tensor | None = None,
+        ) -> None:
+            "Quantize one tensor, for all its places."
+            ...
+
+        def scales_for(self, m: Matrix, weight: Tensor, statistics: Any, how: dict[str, Any]) -> dict[str, Any]:
+            """Column scales by the chosen rule, with those of the method's options that it takes; what overrides say
+            goes first."""
+            ...
+
+        def sources(
+            self,
+            points: dict[str, Any],
+            reasons: dict[str, str],
+            reached: Callable[[str], bool] | None = None,
+        ) -> tuple[dict[Any, Any], dict[Any, Any]]:
+            "Where to look."
+            ...
+
+        def all_at_once(self, model: nn.Module, statistics: Mapping[str, Any] | None) -> None:
+            """Every matrix by the statistics of the original model; of a tied one those of its first place that has
+            any."""
+            ...
+
+        def result(self, model: nn.Module) -> nn.Module:
+            "The copy; a warning names what no data were there for."
+            ...
+
+        def moved(self, tie: tuple[Any, ...], aim: Callable[..., Any]) -> Tensor | None:
+            "A weight after `aim`, a function of [outputs, …]; None for one that is empty."
+            ...
+
+        def settle(
+            self,
+            replay: Any,
+            tie: tuple[Any, ...],
+            statistics: Any,
+            why: str | None = None,
+            target: Tensor | None = None,
+        ) -> None:
+            "Quantize one tensor, and let the model run on it from now on."
+            ...
+
 # %% ../../nbs/workshop/drivers.ipynb
 @patch
 def one(
     self: Job,
-    tie: tuple,
+    tie: tuple[Any, ...],
     statistics: Any,  # of its rows; None: nothing is known
     why: str | None = None,  # why nothing is known, where something should be
     target: Tensor | None = None,  # where the weight should go; None: where it is
@@ -105,7 +155,7 @@ def one(
 
     Parameters
     ----------
-    tie : tuple
+    tie : tuple[Any, ...]
     statistics : Any
         of its rows; None: nothing is known
     why : str | None, default None
@@ -126,7 +176,7 @@ def one(
 
 
 @patch
-def scales_for(self: Job, m: Matrix, weight: Tensor, statistics: Any, how: dict) -> dict:
+def scales_for(self: Job, m: Matrix, weight: Tensor, statistics: Any, how: dict[str, Any]) -> dict[str, Any]:
     "Column scales by the chosen rule, with those of the method's options that it takes; what overrides say goes first."
     if "columns" in how:
         return {}  # overrides give them, or none
@@ -143,23 +193,23 @@ def scales_for(self: Job, m: Matrix, weight: Tensor, statistics: Any, how: dict)
 @patch
 def sources(
     self: Job,
-    points: dict,  # of `points_of`
-    reasons: dict,
-    reached: Callable | None = None,  # name → whether any batch does; None: nobody knows
-) -> tuple[dict, dict]:  # tie → the names under which its rows can be seen; tie → why they cannot
+    points: dict[str, Any],  # of `points_of`
+    reasons: dict[str, str],
+    reached: Callable[[str], bool] | None = None,  # name → whether any batch does; None: nobody knows
+) -> tuple[dict[Any, Any], dict[Any, Any]]:  # tie → the names under which its rows can be seen; tie → why they cannot
     """Where to look.
 
     Parameters
     ----------
-    points : dict
+    points : dict[str, Any]
         of `points_of`
-    reasons : dict
-    reached : Callable | None, default None
+    reasons : dict[str, str]
+    reached : Callable[[str], bool] | None, default None
         name → whether any batch does; None: nobody knows
 
     Returns
     -------
-    tuple[dict, dict]
+    tuple[dict[Any, Any], dict[Any, Any]]
         tie → the names under which its rows can be seen; tie → why they cannot
     """
     sources, why = {}, {}
@@ -178,7 +228,7 @@ def sources(
 
 # %% ../../nbs/workshop/drivers.ipynb
 @patch
-def all_at_once(self: Job, model: nn.Module, statistics: Mapping | None) -> None:
+def all_at_once(self: Job, model: nn.Module, statistics: Mapping[str, Any] | None) -> None:
     "Every matrix by the statistics of the original model; of a tied one those of its first place that has any."
     if statistics is None:
         for tie in self.ties:
@@ -240,7 +290,7 @@ def rounded_layer(
 
 # %% ../../nbs/workshop/drivers.ipynb
 @patch
-def moved(self: Job, tie: tuple, aim: Callable) -> Tensor | None:
+def moved(self: Job, tie: tuple[Any, ...], aim: Callable[..., Any]) -> Tensor | None:
     "A weight after `aim`, a function of [outputs, …]; None for one that is empty."
     m = self.ties[tie][0]
     turned = lambda w: w if m.axis == 0 else w.transpose(0, 1)
@@ -251,7 +301,7 @@ def moved(self: Job, tie: tuple, aim: Callable) -> Tensor | None:
 def settle(
     self: Job,
     replay: Any,  # a `Replay`
-    tie: tuple,
+    tie: tuple[Any, ...],
     statistics: Any,
     why: str | None = None,  # why there are none
     target: Tensor | None = None,  # where the weight should go
@@ -262,7 +312,7 @@ def settle(
     ----------
     replay : Any
         a `Replay`
-    tie : tuple
+    tie : tuple[Any, ...]
     statistics : Any
     why : str | None, default None
         why there are none
@@ -276,29 +326,31 @@ def settle(
 # %% ../../nbs/workshop/drivers.ipynb
 @torch.no_grad()
 def quantize_at_once(
-    method: Callable,  # (weight, statistics, **options) → QTensor
+    method: Callable[..., Any],  # (weight, statistics, **options) → QTensor
     model: nn.Module,  # it is left as it is
-    statistics: Mapping | None,  # of the original model; None: no data
-    columns: Callable | str | None = None,  # rule for column scales
-    overrides: Mapping | Callable | None = None,  # options by name or pattern, or a rule: see `choose_matrices`
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    statistics: Mapping[str, Any] | None,  # of the original model; None: no data
+    columns: Callable[..., Any] | str | None = None,  # rule for column scales
+    overrides: Mapping[str, Any]
+    | Callable[[str, nn.Module], Any]
+    | None = None,  # options by name or pattern, or a rule: see `choose_matrices`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     **options: Any,  # of the method
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
     """Quantize a model with one method for a matrix, all matrices from the original.
 
     Parameters
     ----------
-    method : Callable
+    method : Callable[..., Any]
         (weight, statistics, **options) → QTensor
     model : nn.Module
         it is left as it is
-    statistics : Mapping | None
+    statistics : Mapping[str, Any] | None
         of the original model; None: no data
-    columns : Callable | str | None, default None
+    columns : Callable[..., Any] | str | None, default None
         rule for column scales
-    overrides : Mapping | Callable | None, default None
+    overrides : Mapping[str, Any] | Callable[[str, nn.Module], Any] | None, default None
         options by name or pattern, or a rule: see `choose_matrices`
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
     **options : Any
         of the method
@@ -315,14 +367,14 @@ def quantize_at_once(
 # %% ../../nbs/workshop/drivers.ipynb
 def sharing_inputs(
     model: nn.Module,
-    statistics: Mapping,  # of its layers
+    statistics: Mapping[str, Any],  # of its layers
 ) -> dict[int, Tensor]:  # `id` of a layer's statistics → the weights of all that saw the same, one below the other
     """Linear layers that saw the very same input.
 
     Parameters
     ----------
     model : nn.Module
-    statistics : Mapping
+    statistics : Mapping[str, Any]
         of its layers
 
     Returns
@@ -341,7 +393,7 @@ def sharing_inputs(
 def movable_biases(
     quantized: nn.Module,  # a copy, with `Dequantize` layers
     model: nn.Module,  # what it was made from
-    known: Mapping,  # names of layers of which something is known
+    known: Mapping[str, Any],  # names of layers of which something is known
 ) -> Iterator[tuple[str, Dequantize, nn.Module]]:  # name, wrapper, the original layer
     """The layers whose bias can be moved. `ValueError` for a bias that is computed, and for models that do not belong
     together.
@@ -352,7 +404,7 @@ def movable_biases(
         a copy, with `Dequantize` layers
     model : nn.Module
         what it was made from
-    known : Mapping
+    known : Mapping[str, Any]
         names of layers of which something is known
 
     Returns
@@ -408,7 +460,7 @@ def with_biases(
 def later(
     module: str,  # `__name__` of the one that has them
     **homes: str,  # module of this library = the names that it makes, with blanks between
-) -> Callable:  # for `__getattr__`
+) -> Callable[..., Any]:  # for `__getattr__`
     """Names that a module makes which builds on this one: imported when they are asked for.
 
     Parameters
@@ -420,7 +472,7 @@ def later(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         for `__getattr__`
     """
     home = {n: m for m, names in homes.items() for n in names.split()}

@@ -10,6 +10,7 @@ __all__ = ['MISSING', 'rows_in_one_pass', 'Capabilities', 'capabilities', 'pack_
 # %% ../../nbs/workshop/engines.ipynb
 import contextlib, functools, math, warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def _exact(attempt, reduced):
 MISSING = contextlib.suppress(RuntimeError, AttributeError, NotImplementedError, TypeError)  # of a kernel
 
 # %% ../../nbs/workshop/engines.ipynb
-def pack_linear(weight, scale, zero=None, bias=None):
+def pack_linear(weight: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None) -> Any:
     "Weights in FBGEMM's own order."
     zero = torch.zeros(len(scale), dtype=torch.int64, device="cpu") if zero is None else zero.long()
     with warnings.catch_warnings():
@@ -127,11 +128,11 @@ def _try_linear(x, reduced):
     return torch.ops.quantized.linear_dynamic.default(x[:, :, 0, 0], packed, reduced)
 
 # %% ../../nbs/workshop/engines.ipynb
-def pack_large(weight):
+def pack_large(weight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
 
-def run_large(codes, weight, scale, step=1.0, bias=None):
+def run_large(codes: Tensor, weight: Tensor, scale: Tensor, step: float = 1.0, bias: Tensor | None = None) -> Tensor:
     "oneDNN's u8·s8→s32 product, times step and scale, plus the bias, as floats."
     return torch.ops.onednn.qlinear_pointwise.default(
         codes, step, 0, weight, scale, no_offset(scale.shape[0]), bias, 1.0, 0, torch.float32, "none", [], ""
@@ -147,11 +148,11 @@ def _try_large(x, reduced):
     return run_large(packed, pack_large(weight), ones(16)) * step
 
 
-def pack_small(weight):
+def pack_small(weight: Tensor) -> Tensor:
     return weight.contiguous().t()
 
 
-def run_small(codes, weight, scale):
+def run_small(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     "The same as `run_large`, to the last bit: quicker to start, but it returns int32, which is one pass more."
     return torch._int_mm(codes, weight).float().mul_(scale)
 
@@ -170,7 +171,17 @@ def _same_bits():
     return torch.equal(run_small(codes, pack_small(weight), scale), run_large(codes, pack_large(weight), scale))
 
 # %% ../../nbs/workshop/engines.ipynb
-def run_convolution(x, weight, packed, scale, stride, padding, dilation, groups, reduced):
+def run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    packed: Any,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    reduced: bool,
+) -> Tensor:
     "Quantize in one pass, then the product."
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
     return convolve(
@@ -183,7 +194,7 @@ def _try_convolution(x, reduced):
     return run_convolution(x, weight, pack_weight(weight, ones(16), *how), ones(16), how[0], [0, 0], *how[1:], reduced)
 
 # %% ../../nbs/workshop/engines.ipynb
-def pack_int4(codes, scale, zero, group):
+def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> tuple[Tensor, Tensor, int]:
     """4-bit codes and the scale and offset of each group, [inputs / group, outputs, 2], in PyTorch's own order:
     scale·(code − 8) + offset."""
     offset = scale * (8 - zero)
@@ -194,7 +205,7 @@ def pack_int4(codes, scale, zero, group):
     )
 
 
-def run_int4(x, packed):
+def run_int4(x: Tensor, packed: tuple[Tensor, Tensor, int]) -> Tensor:
     weight, scales, group = packed
     return torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), weight, group, scales).float()
 

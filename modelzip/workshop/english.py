@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def reference_pages() -> Iterator[tuple[str, str]]:
     yield from sorted(topics.items())
 
 
-SOURCES = {
+SOURCES: dict[str, Any] = {
     "calibration": lambda: docstrings_in("numpy", ["lib", "linalg", "fft", "polynomial", "ma", "_core", "random", "."]),
     "validation": lambda: docstrings_in("matplotlib", [".", "axes", "tri", "backends"]),
     "test": reference_pages,

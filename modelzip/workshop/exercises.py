@@ -7,7 +7,7 @@ __all__ = ['Verdict', 'new_dice', 'exercise', 'short', 'unchanged', 'as_number',
 
 # %% ../../nbs/workshop/exercises.ipynb
 import contextlib, copy, functools, math, numbers, random, re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -55,13 +55,18 @@ class Verdict:
 @contextlib.contextmanager
 def new_dice(
     seed: int,  # 0 to 2³² − 1
-):  # inside, chance begins with the seed
+) -> Iterator[None]:  # inside, chance begins with the seed
     """Python's, NumPy's and PyTorch's numbers by chance begin anew, and are afterwards what they were.
 
     Parameters
     ----------
     seed : int
-        0 to 2³² − 1 inside, chance begins with the seed
+        0 to 2³² − 1
+
+    Returns
+    -------
+    Iterator[None]
+        inside, chance begins with the seed
     """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -214,7 +219,7 @@ def _of_kind(x, kind):
     return x if kind is None or isinstance(x, kind) else None
 
 # %% ../../nbs/workshop/exercises.ipynb
-def asked(attempt: Callable, args: tuple) -> str:
+def asked(attempt: Callable[..., Any], args: tuple[Any, ...]) -> str:
     "A call as a message shows it."
     name = getattr(attempt, "__name__", type(attempt).__name__)
     return f"{'yours' if name == '<lambda>' else name}({', '.join(map(short, args))})"
@@ -331,7 +336,7 @@ def unlike(
 
 def expect(
     attempt: Any,  # a function, or what somebody has taken for one
-    args: tuple,  # of the call; it gets copies
+    args: tuple[Any, ...],  # of the call; it gets copies
     want: Any,  # the right answer
     why: str = "",  # what may help who is wrong
     within: float = 1e-5,  # how far a number that is not whole may be off, as a part of its size
@@ -342,7 +347,7 @@ def expect(
     ----------
     attempt : Any
         a function, or what somebody has taken for one
-    args : tuple
+    args : tuple[Any, ...]
         of the call; it gets copies
     want : Any
         the right answer

@@ -6,7 +6,7 @@
 __all__ = ['TrainedAsIntegers', 'FakeRecurrent']
 
 # %% ../../nbs/workshop/fake_quantized.ipynb
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,10 @@ class TrainedAsIntegers(Settings):
         for errors
     """
 
+    training: bool
+    activations: Any
+    weights: Any
+
     frozen = setting(0, bool)
 
     def __init__(
@@ -56,7 +60,7 @@ class TrainedAsIntegers(Settings):
     def extra_repr(self) -> str:
         return "frozen" if self.frozen else ""
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         """`weight` (rounded), `bias`, `in_features` … as the layer has them, so that code which reads them goes on
         working."""
         try:
@@ -72,6 +76,32 @@ class TrainedAsIntegers(Settings):
         if key == "weight":
             return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip("."))
         return getattr(self.layer, key)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layer: nn.Module
+        norm: nn.Module | None
+        name: str
+
+        def folded(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            "Weight and bias that will be rounded."
+            ...
+
+        @property
+        def measures(self) -> bool:
+            "Whether the normalization still takes its statistics from the batch."
+            ...
+
+        def forward(self, input: Tensor) -> Tensor:
+            ...
+
+        def checked(self, input: Tensor) -> Tensor:
+            "The product of codes, with errors that name the layer."
+            ...
+
+        def sums_of_codes(self, x: Tensor, weight: Tensor) -> Tensor:
+            "The layer's product without its bias."
+            ...
 
 
 def _shown(quantizer, weight, name):
@@ -199,6 +229,8 @@ class FakeRecurrent(nn.Module):
         name of a matrix → its quantizer
     """
 
+    training: bool
+
     def __init__(
         self,
         layer: nn.RNNBase,
@@ -216,7 +248,7 @@ class FakeRecurrent(nn.Module):
         bare.__dict__["_flat_weights"] = [bare._parameters.get(n) for n in bare._flat_weights_names]
         return bare(*args, **kwargs)
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         "Everything as the layer has it; its matrices rounded."
         try:
             return super().__getattr__(key)
@@ -228,6 +260,11 @@ class FakeRecurrent(nn.Module):
         if key in self.weights:
             return _shown(self.weights[key], self.layer._parameters[key], key)
         return getattr(self.layer, key)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layer: nn.RNNBase
+        weights: nn.ModuleDict
 
 # %% ../../nbs/workshop/fake_quantized.ipynb
 from .arguments import name_arguments

@@ -8,6 +8,7 @@ __all__ = ['FOLDS', 'fits', 'right_axes', 'provable_pairs', 'tried_pairs']
 # %% ../../nbs/workshop/folding.ipynb
 import collections, copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from .rehearsal import disagreement
 from .tracing import output_axis
 
 # %% ../../nbs/workshop/folding.ipynb
-FOLDS = {
+FOLDS: dict[Any, Any] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
@@ -65,9 +66,9 @@ def right_axes(layer: nn.Module, norm: nn.Module, axes: int | None) -> bool:
 # %% ../../nbs/workshop/folding.ipynb
 def provable_pairs(
     base: nn.Module,  # a copy in evaluation mode
-    examples: list | None,  # None: it must follow from the code
-    folded: Callable,  # layer, norm → weight and bias that do both
-    fold_pairs: Callable,  # model, pairs → the same model, changed
+    examples: list[Any] | None,  # None: it must follow from the code
+    folded: Callable[..., Any],  # layer, norm → weight and bias that do both
+    fold_pairs: Callable[[nn.Module, dict[str, str]], nn.Module],  # model, pairs → the same model, changed
 ) -> dict[str, str]:  # name of a layer → name of the BatchNorm that alone receives its output
     """Pairs that can become one layer.
 
@@ -75,11 +76,11 @@ def provable_pairs(
     ----------
     base : nn.Module
         a copy in evaluation mode
-    examples : list | None
+    examples : list[Any] | None
         None: it must follow from the code
-    folded : Callable
+    folded : Callable[..., Any]
         layer, norm → weight and bias that do both
-    fold_pairs : Callable
+    fold_pairs : Callable[[nn.Module, dict[str, str]], nn.Module]
         model, pairs → the same model, changed
 
     Returns
@@ -106,7 +107,12 @@ def provable_pairs(
     return pairs if not pairs or same_code(base, fold_pairs(copy.deepcopy(base), pairs)) else {}
 
 # %% ../../nbs/workshop/folding.ipynb
-def tried_pairs(base: nn.Module, pairs: dict[str, str], examples: list, fold_pairs: Callable) -> dict[str, str]:
+def tried_pairs(
+    base: nn.Module,
+    pairs: dict[str, str],
+    examples: list[Any],
+    fold_pairs: Callable[[nn.Module, dict[str, str]], nn.Module],
+) -> dict[str, str]:
     "Those with which outputs stay, all together or one after the other."
     agree = lambda some: (
         disagreement(base, examples, copy.deepcopy, lambda m: fold_pairs(copy.deepcopy(m), some), training=False)

@@ -19,7 +19,7 @@ from .pictures import compact_svg, data_uri, drawn, palette_png
 # %% ../../nbs/workshop/frames.ipynb
 def figures_of(
     result: Any,  # what a function returned
-) -> list:  # of matplotlib Figures, each once; empty when it is something else
+) -> list[Any]:  # of matplotlib Figures, each once; empty when it is something else
     """The figures that `result` is, holds, or is drawn on.
 
     Parameters
@@ -29,7 +29,7 @@ def figures_of(
 
     Returns
     -------
-    list
+    list[Any]
         of matplotlib Figures, each once; empty when it is something else
     """
     if "matplotlib" not in sys.modules:
@@ -65,7 +65,7 @@ def figures_of(
     return [f for f in (result, owner) if isinstance(f, Figure)][:1]
 
 
-def beside_figures(result: Any) -> list:
+def beside_figures(result: Any) -> list[Any]:
     """What a tuple, list or dict with figures in it holds besides: texts, numbers, tables; no arrays, which
     `plt.hist` returns by the way."""
     rest = []
@@ -130,7 +130,7 @@ FORMS = {
 
 def forms_of(
     result: Any,  # any object
-) -> Iterator[tuple]:  # (media type, data) of what it says of itself, the best first
+) -> Iterator[tuple[str, Any]]:  # (media type, data) of what it says of itself, the best first
     """Ask an object how it wants to be shown, as Jupyter does.
 
     Parameters
@@ -140,7 +140,7 @@ def forms_of(
 
     Returns
     -------
-    Iterator[tuple]
+    Iterator[tuple[str, Any]]
         (media type, data) of what it says of itself, the best first
     """
 
@@ -196,7 +196,7 @@ def rendered(
 
 # %% ../../nbs/workshop/frames.ipynb
 @contextmanager
-def fresh_figures() -> Iterator[Callable]:
+def fresh_figures() -> Iterator[Callable[..., Any]]:
     "Inside, calling what it yields lists the pyplot figures drawn since; on leaving they are closed."
 
     def pyplot():
@@ -219,17 +219,17 @@ def fresh_figures() -> Iterator[Callable]:
 
 # %% ../../nbs/workshop/frames.ipynb
 def frame_in(
-    f: Callable,  # the function of an explorer
-    values: dict,  # its arguments by name
+    f: Callable[..., Any],  # the function of an explorer
+    values: dict[str, Any],  # its arguments by name
     *forms: str,  # how figures are drawn: 'png', 'svg' or both
 ) -> dict[str, str]:  # a piece of HTML for each form
     """What one call printed and returned, as HTML; ValueError when that is nothing at all.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
-    values : dict
+    values : dict[str, Any]
         its arguments by name
     *forms : str
         how figures are drawn: 'png', 'svg' or both
@@ -255,28 +255,28 @@ def frame_in(
         return {form: text + "".join(rendered(r, form, about(f)) for r in results) for form in forms}
 
 # %% ../../nbs/workshop/frames.ipynb
-def name_of(f: Callable) -> str:
+def name_of(f: Callable[..., Any]) -> str:
     "What to call a function in a message."
     return getattr(f, "__name__", None) or type(f).__name__
 
 
-def about(f: Callable) -> str:
+def about(f: Callable[..., Any]) -> str:
     "The first line of a function's documentation, else its name: the text that stands for its pictures."
     return (inspect.getdoc(f) or name_of(f)).splitlines()[0] if inspect.isroutine(f) else name_of(f)
 
 # %% ../../nbs/workshop/frames.ipynb
 def frame(
-    f: Callable,  # the function of an explorer
-    values: dict,  # its arguments by name
+    f: Callable[..., Any],  # the function of an explorer
+    values: dict[str, Any],  # its arguments by name
     form: str = "png",  # how figures are drawn, 'png' or 'svg'
 ) -> str:  # what it printed and what it returned, as a piece of HTML
     """One frame of an explorer; ValueError when the function shows nothing at all.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
-    values : dict
+    values : dict[str, Any]
         its arguments by name
     form : str, default 'png'
         how figures are drawn, 'png' or 'svg'

@@ -98,23 +98,23 @@ def as_weights(tensors: dict[str, Any]) -> Weights:
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
 def archive_gguf(
-    path: str | os.PathLike,  # a GGUF file
-    output: str | os.PathLike,  # the .mz file to write or replace
+    path: str | os.PathLike[str],  # a GGUF file
+    output: str | os.PathLike[str],  # the .mz file to write or replace
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
-    done: Callable | None = None,  # called with the name and the bytes of each tensor that is coded
+    done: Callable[[str, int], Any] | None = None,  # called with the name and the bytes of each tensor that is coded
 ) -> Path:  # the path
     """Write a smaller file from which `restore_gguf` makes the same GGUF file, byte for byte; nothing is rounded.
     `PackError` for a file that is no GGUF, or damaged; it need not be one that `from_gguf` reads.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a GGUF file
-    output : str | os.PathLike
+    output : str | os.PathLike[str]
         the .mz file to write or replace
     threads : int | None, default None
         that code side by side; None: as many as there are processors, at most 4
-    done : Callable | None, default None
+    done : Callable[[str, int], Any] | None, default None
         called with the name and the bytes of each tensor that is coded
 
     Returns
@@ -138,15 +138,15 @@ def archive_gguf(
     return save(as_weights(tensors), output, threads=threads, gguf=about)
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
-def is_archived(info: dict) -> bool:
+def is_archived(info: dict[str, Any]) -> bool:
     "Whether a `.mz` file says that it is the archive of a GGUF file."
     about = info.get("gguf")
     return isinstance(about, dict) and type(about.get("bytes")) is int and isinstance(about.get("sha256"), str)
 
 
 def restore_gguf(
-    path: str | os.PathLike,  # a .mz file that `archive_gguf` has written
-    output: str | os.PathLike,  # the .gguf file to write or replace
+    path: str | os.PathLike[str],  # a .mz file that `archive_gguf` has written
+    output: str | os.PathLike[str],  # the .gguf file to write or replace
     threads: int | None = None,  # that expand side by side; None: as many as there are processors, at most 4
 ) -> Path:  # the path
     """Write the GGUF file that was archived, atomically, after its SHA-256 was compared. `PackError` for a file that
@@ -154,9 +154,9 @@ def restore_gguf(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a .mz file that `archive_gguf` has written
-    output : str | os.PathLike
+    output : str | os.PathLike[str]
         the .gguf file to write or replace
     threads : int | None, default None
         that expand side by side; None: as many as there are processors, at most 4
@@ -199,7 +199,7 @@ def room_of(t: Any) -> int:
     return 8 * t.shape.numel()
 
 
-def expanded_bytes(read: Iterator, p: Place) -> memoryview:
+def expanded_bytes(read: Iterator[Any], p: Place) -> memoryview:
     try:
         data = next(read)
     except CodingError as e:
@@ -209,7 +209,9 @@ def expanded_bytes(read: Iterator, p: Place) -> memoryview:
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
 @contextmanager
-def looked_into(path: str | os.PathLike) -> Iterator[tuple[dict[str, Callable], Callable, Metadata | None]]:
+def looked_into(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[dict[str, Callable[..., Any]], Callable[..., Any], Metadata | None]]:
     "Tensors by name as functions that read them, the bytes of each in the file, and metadata if there are any."
     if os.fsdecode(path).lower().endswith(".gguf"):
         with naming(path), open_file(path) as f:
@@ -262,16 +264,16 @@ def tensor_or_bytes(data: Any, p: Place) -> Tensor | BlockTensor:
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
 def diff_gguf(
-    a: str | os.PathLike,  # a .gguf file, or a .mz
-    b: str | os.PathLike,  # another one
+    a: str | os.PathLike[str],  # a .gguf file, or a .mz
+    b: str | os.PathLike[str],  # another one
 ) -> Difference:  # the table of `diff`
     """Compare two files, metadata and tensor by tensor. `PackError` as for `from_gguf` and `load`.
 
     Parameters
     ----------
-    a : str | os.PathLike
+    a : str | os.PathLike[str]
         a .gguf file, or a .mz
-    b : str | os.PathLike
+    b : str | os.PathLike[str]
         another one
 
     Returns

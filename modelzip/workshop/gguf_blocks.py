@@ -8,7 +8,7 @@ __all__ = ['BLOCKS', 'FROM_FLOATS', 'Run', 'Field', 'Layout', 'split_blocks', 'j
 
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -234,6 +234,56 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
         field, n = self.layout.fields[name], self.shape.numel() // self.layout.weights
         return unpack_bits(self.fields[name], field.bits, n * field.count).reshape(n, field.count)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def parts(self) -> dict[str, Tensor]:
+            "The tensors that a file stores."
+            ...
+
+        def meta(self) -> dict[str, Any]:
+            "What a file's manifest says of it."
+            ...
+
+        def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+            "Which parts are packed numbers: their bits, their number, and below what they are."
+            ...
+
+        @classmethod
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> BlockTensor:
+            "Build from stored parts; whatever does not fit together raises `ValueError`."
+            ...
+
+        @classmethod
+        def from_blocks(
+            cls,
+            data: Any,
+            type: str,
+            shape: tuple[int, ...],
+            dtype: torch.dtype = torch.float32,
+        ) -> BlockTensor:
+            "A tensor as a GGUF file holds it. `ValueError` unless the bytes are as many as the shape needs."
+            ...
+
+        def blocks(self) -> np.ndarray:
+            "The bytes in a GGUF file."
+            ...
+
+        def steps(self) -> tuple[Tensor, Tensor | None]:
+            "Scale and minimum of every group."
+            ...
+
+        def dequantize(self) -> Tensor:
+            "The numbers that it stands for, in the original shape and dtype."
+            ...
+
+        def as_qtensor(self) -> QTensor:
+            "The same numbers as a `QTensor`, which integer kernels take. `ValueError` where none has them exactly."
+            ...
+
+        def _groups(self, groups: int) -> tuple[int, ...]:
+            "The shape of a QTensor's scales."
+            ...
+
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 @patch
 def parts(self: BlockTensor) -> dict[str, Tensor]:
@@ -242,7 +292,7 @@ def parts(self: BlockTensor) -> dict[str, Tensor]:
 
 
 @patch
-def meta(self: BlockTensor) -> dict:
+def meta(self: BlockTensor) -> dict[str, Any]:
     "What a file's manifest says of it."
     return {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "type": self.type}
 
@@ -279,7 +329,7 @@ def check_blocks(
 
 
 @patch(cls_method=True)
-def from_parts(cls: BlockTensor, parts: dict[str, Tensor], meta: dict) -> BlockTensor:
+def from_parts(cls: BlockTensor, parts: dict[str, Tensor], meta: dict[str, Any]) -> BlockTensor:
     "Build from stored parts; whatever does not fit together raises `ValueError`."
     name, shape, dtype = check_blocks(meta)
     layout, blocks = BLOCKS[name], shape.numel() // BLOCKS[name].weights
@@ -297,7 +347,7 @@ def from_blocks(
     cls: BlockTensor,
     data: Any,  # bytes-like: the blocks, one after the other
     type: str,  # in `BLOCKS`
-    shape: tuple,  # of the tensor, in PyTorch's order
+    shape: tuple[int, ...],  # of the tensor, in PyTorch's order
     dtype: torch.dtype = torch.float32,  # to expand to
 ) -> BlockTensor:
     """A tensor as a GGUF file holds it. `ValueError` unless the bytes are as many as the shape needs.
@@ -308,7 +358,7 @@ def from_blocks(
         bytes-like: the blocks, one after the other
     type : str
         in `BLOCKS`
-    shape : tuple
+    shape : tuple[int, ...]
         of the tensor, in PyTorch's order
     dtype : torch.dtype, default torch.float32
         to expand to
@@ -387,7 +437,7 @@ def as_qtensor(self: BlockTensor) -> QTensor:
 
 
 @patch
-def _groups(self: BlockTensor, groups: int) -> tuple:  # of a block
+def _groups(self: BlockTensor, groups: int) -> tuple[int, ...]:  # of a block
     "The shape of a QTensor's scales."
     rows = self.shape[0] if len(self.shape) > 1 else 1
     return rows, self.shape.numel() // self.layout.weights * groups // max(rows, 1)

@@ -11,7 +11,7 @@ import math, mmap, os, struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ MAX_ALIGNMENT = 1 << 20  # of what is written: zeros fill a file up to it
 # %% ../../nbs/workshop/gguf_files.ipynb
 class Cursor:
     "Walks through the beginning of a file."
+
+    left: int
 
     def __init__(self, data: Any):
         self.data, self.at, self.left = data, 0, MAX_METADATA
@@ -101,7 +103,7 @@ class Cursor:
             return bool(b)
         return self.whole(SCALARS[type][1], what)
 
-    def array(self, what: str) -> tuple[str, list]:  # its type, its values
+    def array(self, what: str) -> tuple[str, list[Any]]:  # its type, its values
         type = self.whole("I", what)
         demand(type != ARRAY, f"{what} holds arrays of arrays, which llama.cpp does not read either")
         demand(type == STRING or type in SCALARS, f"{what} has the unknown type {type}")
@@ -115,6 +117,11 @@ class Cursor:
         odd = max(raw, default=0) if name == "bool" else 0
         demand(odd < 2, f"{what} holds {odd}, which is no truth value")
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        data: Any
+        at: int
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 class Metadata(dict[Any, Any]):
@@ -222,11 +229,11 @@ def read_head(
     return Head(version, metadata, places_of(infos, start, len(data) if size is None else size), start, alignment)
 
 
-def type_of(metadata: Mapping, key: str, default: str) -> str:
+def type_of(metadata: Mapping[str, Any], key: str, default: str) -> str:
     return getattr(metadata, "types", {}).get(key, default)
 
 
-def read_info(c: Cursor) -> tuple[str, tuple, int, int]:  # name, shape, kind, offset
+def read_info(c: Cursor) -> tuple[str, tuple[int, ...], int, int]:  # name, shape, kind, offset
     name = c.name("the name of a tensor")
     dims = c.whole("I", quoted(name))
     demand(dims <= MAX_DIMS, f"{quoted(name)} has {dims:,} dimensions; it may have {MAX_DIMS}")
@@ -236,7 +243,7 @@ def read_info(c: Cursor) -> tuple[str, tuple, int, int]:  # name, shape, kind, o
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 def places_of(
-    infos: list[tuple],
+    infos: list[tuple[Any, ...]],
     start: int,
     size: int,  # of the file
 ) -> list[Place]:
@@ -244,7 +251,7 @@ def places_of(
 
     Parameters
     ----------
-    infos : list[tuple]
+    infos : list[tuple[Any, ...]]
     start : int
     size : int
         of the file
@@ -267,13 +274,13 @@ def places_of(
     return places
 
 
-def nbytes_of(name: str, shape: tuple, kind: int) -> int | None:  # None: unknown
+def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int | None:  # None: unknown
     """How many bytes a tensor takes.
 
     Parameters
     ----------
     name : str
-    shape : tuple
+    shape : tuple[int, ...]
     kind : int
 
     Returns
@@ -461,7 +468,9 @@ def as_kind(name: str, t: Any, kind: str | None) -> Tensor | BlockTensor:
     return y
 
 # %% ../../nbs/workshop/gguf_files.ipynb
-def head_bytes(metadata: Mapping, tensors: dict[str, Tensor | BlockTensor], alignment: int) -> tuple[bytes, list[int]]:
+def head_bytes(
+    metadata: Mapping[str, Any], tensors: dict[str, Tensor | BlockTensor], alignment: int
+) -> tuple[bytes, list[int]]:
     "Everything before the numbers, and where each tensor begins behind it."
     parts, offsets, end = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))], [], 0
     for key, value in metadata.items():
@@ -539,7 +548,7 @@ def to_gguf(
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 def inspect_gguf(
-    path: str | os.PathLike,  # a GGUF file
+    path: str | os.PathLike[str],  # a GGUF file
     entropy: bool = True,  # read the numbers for their order-0 entropies
 ) -> Contents:  # the table of `inspect`
     """What is in a GGUF file, tensor by tensor. `PackError` as for `from_gguf`; kinds that are not read have no
@@ -547,7 +556,7 @@ def inspect_gguf(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a GGUF file
     entropy : bool, default True
         read the numbers for their order-0 entropies
@@ -570,7 +579,7 @@ def inspect_gguf(
         return Contents(os.fsdecode(path), len(data), head.version, None, about(head.metadata), lines, format="GGUF")
 
 
-def about(metadata: Metadata) -> dict:
+def about(metadata: Metadata) -> dict[str, Any]:
     "Metadata in short: arrays as their lengths."
     short = {
         k: v if isinstance(v, (bool, int, float)) else v[:80] for k, v in metadata.items() if not isinstance(v, list)

@@ -10,7 +10,7 @@ import collections, copy
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,24 @@ from .walking import items
 # %% ../../nbs/workshop/graph_running.ipynb
 def run_plan(
     plan: Plan,
-    layer: Callable,  # name → the function of a layer
-    tensor: Callable,  # name → a tensor
+    layer: Callable[..., Any],  # name → the function of a layer
+    tensor: Callable[..., Any],  # name → a tensor
     inputs: list[Tensor],
     sizes: dict[str, int],
-    seen: Callable = lambda i, value, freed: None,  # told of each value, and of which are given back
+    seen: Callable[..., Any] = lambda i, value, freed: None,  # told of each value, and of which are given back
 ) -> Any:  # the output
     """Follow a graph. Values are dropped as soon as nobody needs them.
 
     Parameters
     ----------
     plan : Plan
-    layer : Callable
+    layer : Callable[..., Any]
         name → the function of a layer
-    tensor : Callable
+    tensor : Callable[..., Any]
         name → a tensor
     inputs : list[Tensor]
     sizes : dict[str, int]
-    seen : Callable, default lambda i, value, freed: None
+    seen : Callable[..., Any], default lambda i, value, freed: None
         told of each value, and of which are given back
 
     Returns
@@ -70,7 +70,7 @@ def run_plan(
 SPARE, TIMES = 2**28, 2**10  # bytes that any graph may use, and for each byte of its inputs and of the file's tensors
 
 
-def recurrent_ghost(m: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple:
+def recurrent_ghost(m: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Any, ...]:
     "What a recurrent layer puts out, without its numbers."
     if x.dim() not in (2, 3) or x.shape[-1] != m.input_size:
         raise ValueError(f"a recurrent layer of {m.input_size} inputs gets {tuple(x.shape)}")
@@ -81,7 +81,7 @@ def recurrent_ghost(m: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple:
     return x.new_empty((*x.shape[:-1], ways * width)), states
 
 
-def ghost_call(m: nn.Module) -> Callable:
+def ghost_call(m: nn.Module) -> Callable[..., Any]:
     "How a layer without numbers is called."
     return (lambda *args: recurrent_ghost(m, *args)) if isinstance(m, nn.RNNBase) else m
 
@@ -103,6 +103,9 @@ class Measure:
     """Adds up the memory of the values that are alive. One that repeats few numbers over and over (`expand`) may not be
     larger, either: what works on it may write it out."""
 
+    held: dict[Any, Any]
+    users: Any
+
     def __init__(self, most: int):
         self.most, self.live, self.users, self.held, self.count = most, 0, collections.Counter(), {}, 0
 
@@ -122,12 +125,18 @@ class Measure:
                 self.users[key] -= 1
                 self.live -= size * (self.users[key] == 0)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        most: int
+        live: int
+        count: int
+
 # %% ../../nbs/workshop/graph_running.ipynb
 @torch.no_grad()
 def check_memory(
     plan: Plan,
     ghosts: nn.Module,  # the layers and tensors of the graph, on the meta device
-    shapes: list[tuple],  # of the inputs
+    shapes: list[tuple[int, ...]],  # of the inputs
     most: int,  # bytes
 ) -> None:
     """`ValueError` that names the node which does not fit, or takes too much memory.
@@ -137,7 +146,7 @@ def check_memory(
     plan : Plan
     ghosts : nn.Module
         the layers and tensors of the graph, on the meta device
-    shapes : list[tuple]
+    shapes : list[tuple[int, ...]]
         of the inputs
     most : int
         bytes
@@ -169,7 +178,7 @@ def check_memory(
         ) from None
 
 
-def said_shapes(plan: Plan, shapes: list[tuple]) -> str:
+def said_shapes(plan: Plan, shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(f"{i.name} {list(s)}" for i, s in zip(plan.inputs, shapes))
 
 # %% ../../nbs/workshop/graph_running.ipynb
@@ -191,7 +200,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return getattr(owner, key)
 
 
-def sizes_of(plan: Plan, shapes: list[tuple]) -> dict[str, int]:
+def sizes_of(plan: Plan, shapes: list[tuple[int, ...]]) -> dict[str, int]:
     "The sizes of a call. `ValueError` that names the input which the graph was not made for."
     sizes = {}
     for i, shape in zip(plan.inputs, shapes):
@@ -219,7 +228,7 @@ def said_input(plan: Plan, i: Any, empty: bool = False) -> str:
 class Container(nn.Module):
     "Layers and tensors of a module whose code no file brings."
 
-    def __init__(self, entry: dict):
+    def __init__(self, entry: dict[str, Any]):
         super().__init__()
         self.__dict__["file_entry"] = {k: v for k, v in entry.items() if k not in ("shapes", "hooks")}
 
@@ -235,21 +244,25 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
+    first: "Program"
+    known: set[Any]
+    others: dict[Any, Any]
+
     __slots__ = ("graph", "plan", "ghosts", "first", "known", "signature", "others")
 
-    def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module, first: "Program | None" = None):
+    def __init__(self, graph: dict[str, Any], plan: Plan, ghosts: nn.Module, first: "Program | None" = None):
         self.graph, self.plan, self.ghosts, self.known, self.others = graph, plan, ghosts, set(), {}
         self.first = first or self  # the file's; `others` are the same for models that were converted
         self.signature = Signature([Parameter(i.name, Parameter.POSITIONAL_OR_KEYWORD) for i in plan.inputs])
 
-    def __deepcopy__(self, memo: dict) -> "Program":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         return self
 
     def __repr__(self) -> str:
         inputs = "; ".join(graph_lines(self.graph)[: len(self.plan.inputs)])
         return f"# a graph of {len(self.plan.nodes):,} operations, {inputs}"
 
-    def check(self, shapes: list[tuple], most: int | None) -> None:
+    def check(self, shapes: list[tuple[int, ...]], most: int | None) -> None:
         "`ValueError` unless the graph fits these shapes and its memory; remembered for a thousand of them."
         if self.first is not self:
             return self.first.check(shapes, most)
@@ -280,6 +293,13 @@ class Program:
             first.others[key] = Program(said_with(first.graph, types), plan, first.ghosts, first)
         return first.others[key] if types else first
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        graph: dict[str, Any]
+        plan: Plan
+        ghosts: nn.Module
+        signature: Signature
+
 # %% ../../nbs/workshop/graph_running.ipynb
 def types_between(
     before: nn.Module,  # the layers of a graph, as the file has them
@@ -305,7 +325,7 @@ def types_between(
     return {a: b for a, b in types.items() if a != b} if clear else {}
 
 
-def said_with(graph: dict, types: dict[torch.dtype, torch.dtype]) -> dict:
+def said_with(graph: dict[str, Any], types: dict[torch.dtype, torch.dtype]) -> dict[str, Any]:
     "A graph with other types, as a file says it."
     names = {dtype: name for name, dtype in NUMBERS.items()}
     other = {names[a]: names[b] for a, b in types.items()}
@@ -320,16 +340,19 @@ class GraphModel(Container):
     """A model that a file describes completely. `most_memory` is what the values of a call may use, in bytes (None: 256
     MiB, and 1,024 for each byte of the inputs and the parameters)."""
 
-    def __init__(self, entry: dict):
+    program: "Program | None"
+    most_memory: int | None
+
+    def __init__(self, entry: dict[str, Any]):
         super().__init__(entry)
         self.most_memory = self.program = None
 
     @property
-    def graph(self) -> dict:
+    def graph(self) -> dict[str, Any]:
         "What it does, as a file says it."
         return self.program.graph
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "GraphModel":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GraphModel":
         "Move or convert everything, as `half()` and `to()` do; the graph follows."
         super()._apply(fn, recurse)
         if self.program is not None:
@@ -340,7 +363,7 @@ class GraphModel(Container):
         return repr(self.program)
 
     @property
-    def forward(self) -> Callable:
+    def forward(self) -> Callable[..., Any]:
         "What a call does: a function with the names of the inputs, for whoever asks for its signature."
 
         def forward(*args, **kwargs):
@@ -365,7 +388,7 @@ class GraphModel(Container):
         return run_plan(plan, lambda n: submodule(self, n), lambda n: tensor_of(self, n), inputs, sizes)
 
 
-def graph_of(model: nn.Module) -> dict | None:
+def graph_of(model: nn.Module) -> dict[str, Any] | None:
     "The graph of a model that comes from a file with one."
     plain = plain_layer(model)
     return plain.graph if isinstance(plain, GraphModel) else None
@@ -376,7 +399,9 @@ def taken(m: nn.Module, key: str) -> bool:
     return hasattr(m, key) or hasattr(type(m), key)
 
 
-def container_tensors(m: nn.Module, name: str, entry: dict, rows: dict[str, Row] | None, buffers: set[str]) -> None:
+def container_tensors(
+    m: nn.Module, name: str, entry: dict[str, Any], rows: dict[str, Row] | None, buffers: set[str]
+) -> None:
     "Give a Container its tensors, as ghosts."
     for key, shape in entry.get("shapes", {}).items():
         full = f"{name}.{key}" if name else key
@@ -393,11 +418,15 @@ def container_tensors(m: nn.Module, name: str, entry: dict, rows: dict[str, Row]
             m.register_parameter(key, nn.Parameter(t, requires_grad=dtype.is_floating_point))
 
 
-PLAIN = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList, "ModuleDict": nn.ModuleDict}  # that only hold
+PLAIN: dict[str, Any] = {
+    "Sequential": nn.Sequential,
+    "ModuleList": nn.ModuleList,
+    "ModuleDict": nn.ModuleDict,
+}  # that only hold
 
 
 def modules_of(
-    kinds: dict,  # name → entry, of all modules, parents first
+    kinds: dict[str, Any],  # name → entry, of all modules, parents first
     rows: dict[str, Row] | None,
     buffers: set[str],
     most: int,  # tensors
@@ -406,7 +435,7 @@ def modules_of(
 
     Parameters
     ----------
-    kinds : dict
+    kinds : dict[str, Any]
         name → entry, of all modules, parents first
     rows : dict[str, Row] | None
     buffers : set[str]
@@ -448,7 +477,7 @@ def modules_of(
 
 # %% ../../nbs/workshop/graph_running.ipynb
 def graph_skeleton(
-    manifest: dict,
+    manifest: dict[str, Any],
     rows: dict[str, Row] | None,  # its table; None: it is not known yet, and the graph is not looked at
     tensors: int = 2**40,  # that it has, if it is not known
 ) -> GraphModel:  # hollow: its tensors are ghosts
@@ -456,7 +485,7 @@ def graph_skeleton(
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     rows : dict[str, Row] | None
         its table; None: it is not known yet, and the graph is not looked at
     tensors : int, default 2 ** 40

@@ -229,14 +229,14 @@ class Operation:
     says : str
         what it computes
     group : str
-    run : Callable
+    run : Callable[..., Any]
     """
 
     name: str
     arguments: tuple[Argument, ...]
     says: str  # what it computes
     group: str
-    run: Callable
+    run: Callable[..., Any]
 
 
 def argument_of(text: str) -> Argument:
@@ -250,14 +250,14 @@ def argument_of(text: str) -> Argument:
 MOST_PIECES = 2**12  # values of one node
 
 
-def _pieces(found: int, make: Callable) -> list:
+def _pieces(found: int, make: Callable[..., Any]) -> list[Any]:
     "Many values of one node, but not any number of them."
     if found > MOST_PIECES:
         raise ValueError(f"it cuts a tensor into {found:,} pieces; {MOST_PIECES:,} are the most")
     return list(make())
 
 
-def _split(x: Tensor, size: int, dim: int = 0) -> list:
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Any]:
     return _pieces(-(-x.shape[dim] // max(1, size)), lambda: torch.split(x, size, dim))
 
 
@@ -269,7 +269,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **ho
     return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
-def _made(shape: list, numbers: list, dtype: torch.dtype, device: Any = None) -> Tensor:
+def _made(shape: list[int], numbers: list[Any], dtype: torch.dtype, device: Any = None) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device).reshape(shape)
 
 
@@ -279,7 +279,7 @@ def _arange(start: Any, end: Any, step: Any, dtype: torch.dtype, device: Any = N
     return torch.arange(start, end, step, dtype=dtype, device=device)
 
 
-def _places(x: Tensor, indices: list) -> tuple:
+def _places(x: Tensor, indices: list[Any]) -> tuple[Any, ...]:
     "Indices without null: behind each other where they stand in front."
     while indices and indices[-1] is None:
         indices = indices[:-1]
@@ -288,10 +288,10 @@ def _places(x: Tensor, indices: list) -> tuple:
     return tuple(indices)
 
 
-def _over(f: Callable) -> Callable:
+def _over(f: Callable[..., Any]) -> Callable[..., Any]:
     "`any`, `all`: dimension by dimension, from the last."
 
-    def run(x: Tensor, dim: list | None = None, keepdim: bool = False) -> Tensor:
+    def run(x: Tensor, dim: list[Any] | None = None, keepdim: bool = False) -> Tensor:
         if dim is None:
             return f(x)
         for d in sorted((d % max(1, x.dim()) for d in dim), reverse=True):
@@ -301,7 +301,7 @@ def _over(f: Callable) -> Callable:
     return run
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     "to": lambda x, dtype: x.to(dtype),
     "view": lambda x, size: x.reshape(size),
     "expand": lambda x, size: x.expand(size),
@@ -353,7 +353,7 @@ def _operations() -> dict[str, Operation]:
 OPERATIONS = _operations()
 
 # %% ../../nbs/workshop/graphs.ipynb
-ARITHMETIC = {
+ARITHMETIC: dict[str, Any] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -429,17 +429,17 @@ class Node:
         "layer", "tensor" or an operation's name
     name : str
         of the layer or the tensor
-    args : list
+    args : list[Any]
         with a `Use` for a value and a `Size` for a size
-    kwargs : dict
+    kwargs : dict[str, Any]
     uses : tuple[int, ...]
         values by number
     """
 
     kind: str  # "layer", "tensor" or an operation's name
     name: str  # of the layer or the tensor
-    args: list  # with a `Use` for a value and a `Size` for a size
-    kwargs: dict
+    args: list[Any]  # with a `Use` for a value and a `Size` for a size
+    kwargs: dict[str, Any]
     uses: tuple[int, ...]  # values by number
 
 
@@ -451,13 +451,13 @@ class Input:
     ----------
     name : str
     dtype : torch.dtype
-    shape : list
+    shape : list[Any]
         sizes
     """
 
     name: str
     dtype: torch.dtype
-    shape: list  # sizes
+    shape: list[Any]  # sizes
 
 
 @dataclass(frozen=True)
@@ -521,7 +521,7 @@ def _value(x: Any, at: int, names: Collection[str]) -> Any:
     return _size(x[0], names) if isinstance(x[0], (str, list)) else bool(x[0]) if type(x[0]) is bool else _number(x[0])
 
 
-def _list(x: Any, most: int = MOST_LIST) -> list:
+def _list(x: Any, most: int = MOST_LIST) -> list[Any]:
     demand(isinstance(x, list) and len(x) <= most, f"{quoted(x)} is no list of at most {most:,}")
     return x
 
@@ -578,7 +578,7 @@ def check_argument(
     return NUMBERS[x] if a.type == "type" else x
 
 # %% ../../nbs/workshop/graphs.ipynb
-def _operation_node(node: list, at: int, names: Collection[str]) -> Node:
+def _operation_node(node: list[Any], at: int, names: Collection[str]) -> Node:
     "A node that is in the table."
     o = OPERATIONS.get(node[0])
     demand(o is not None, f"{quoted(node[0])} is no operation that this modelzip knows")
@@ -609,7 +609,7 @@ def _layer_argument(x: Any, at: int, deep: int = 0) -> Any:
     return _back(x, at)
 
 
-def _layer_node(node: list, at: int, layers: Collection[str]) -> Node:
+def _layer_node(node: list[Any], at: int, layers: Collection[str]) -> Node:
     "A node that calls a layer."
     name, given, named = node[0][1:], node[1:], {}
     demand(name in layers, f"{quoted(name)} is no layer of this file")
@@ -654,7 +654,7 @@ def is_name(x: Any) -> bool:
     return isinstance(x, str) and len(x) <= 256 and x.isidentifier() and not keyword.iskeyword(x)
 
 
-def _read_sizes(sizes: Any) -> dict:
+def _read_sizes(sizes: Any) -> dict[str, Any]:
     demand(isinstance(sizes, dict) and len(sizes) <= MOST_LIST, "its graph describes sizes in an unknown form")
     found = {}
     for name, said in sizes.items():
@@ -665,7 +665,7 @@ def _read_sizes(sizes: Any) -> dict:
     return found
 
 
-def _read_input(x: Any, sizes: dict) -> Input:
+def _read_input(x: Any, sizes: dict[str, Any]) -> Input:
     good = isinstance(x, list) and len(x) == 3 and is_name(x[0])
     demand(good and isinstance(x[1], str) and x[1] in NUMBERS, f"its graph has the impossible input {quoted(x)}")
     shape = _list(x[2], 64)
@@ -728,7 +728,7 @@ def shown_node(node: Any) -> str:
     return quoted(node[0]) if isinstance(node, list) and node else quoted(node)
 
 # %% ../../nbs/workshop/graphs.ipynb
-def resolved(x: Any, values: list, sizes: dict[str, int]) -> Any:
+def resolved(x: Any, values: list[Any], sizes: dict[str, int]) -> Any:
     "An argument with its values and sizes."
     kind = type(x)
     if kind is Use:
@@ -742,12 +742,12 @@ def resolved(x: Any, values: list, sizes: dict[str, int]) -> Any:
     return x
 
 # %% ../../nbs/workshop/graphs.ipynb
-def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and output
+def graph_lines(graph: dict[str, Any]) -> list[str]:  # a line for each input, node and output
     """A graph as people read it: what each value is called, and what it is made of.
 
     Parameters
     ----------
-    graph : dict
+    graph : dict[str, Any]
 
     Returns
     -------
@@ -767,7 +767,7 @@ def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and ou
     return lines + [f"return {_said_output(graph['output'], names)}"]
 
 
-def _said_node(node: list, names: list[str]) -> str:
+def _said_node(node: list[Any], names: list[str]) -> str:
     if node[0].startswith("="):
         return f"self.{node[0][1:]}"
     if node[0].startswith("."):

@@ -8,7 +8,7 @@ __all__ = ['Question', 'before_page', 'before_widgets']
 # %% ../../nbs/workshop/guess.ipynb
 import hashlib, html, json, math, re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .arguments import need
 from .player import in_script
@@ -26,6 +26,10 @@ class Question:
     measured : str | None, default None
         what is said of the measurement; None: each answer's number
     """
+
+    answers: list[str]
+    measured: str
+    right: str
 
     def __init__(
         self,
@@ -72,6 +76,10 @@ class Question:
         """
         said = "Right." if answer == self.right else f"Measured otherwise: {self.right}."
         return f"{said} {self.measured}".strip()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        text: str
 
 
 def _number(answer, value):

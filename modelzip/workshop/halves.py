@@ -8,6 +8,7 @@ __all__ = ['ROWS', 'Seen', 'some_of', 'joined', 'seen_in_halves']
 # %% ../../nbs/workshop/halves.ipynb
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def joined(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
 @torch.no_grad()
 def seen_in_halves(
     model: torch.nn.Module,  # it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     names: Iterable[str],  # of layers
     moments: bool = True,  # also H = Σ x xᵀ
 ) -> dict[str, Seen]:  # of each layer that was called
@@ -122,7 +123,7 @@ def seen_in_halves(
     ----------
     model : torch.nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     names : Iterable[str]
         of layers

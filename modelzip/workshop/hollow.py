@@ -88,8 +88,8 @@ def hollow(
 
 # %% ../../nbs/workshop/hollow.ipynb
 def build_from(
-    architecture: dict | None,  # of a manifest
-    root: dict | None = None,  # what the file says of the model itself, for an error
+    architecture: dict[str, Any] | None,  # of a manifest
+    root: dict[str, Any] | None = None,  # what the file says of the model itself, for an error
     tensors: int | None = None,  # that the file holds; None: nothing bounds what is built
     held: int = 0,  # … their bytes
 ) -> nn.Module:  # hollow
@@ -98,9 +98,9 @@ def build_from(
 
     Parameters
     ----------
-    architecture : dict | None
+    architecture : dict[str, Any] | None
         of a manifest
-    root : dict | None, default None
+    root : dict[str, Any] | None, default None
         what the file says of the model itself, for an error
     tensors : int | None, default None
         that the file holds; None: nothing bounds what is built
@@ -141,19 +141,19 @@ def build_from(
 # %% ../../nbs/workshop/hollow.ipynb
 def meaning_of(
     model: nn.Module,
-    architecture: dict | None,  # {"name", "options"}
-) -> dict:  # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
+    architecture: dict[str, Any] | None,  # {"name", "options"}
+) -> dict[str, Any]:  # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
     """What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original.
 
     Parameters
     ----------
     model : nn.Module
-    architecture : dict | None
+    architecture : dict[str, Any] | None
         {"name", "options"}
 
     Returns
     -------
-    dict
+    dict[str, Any]
         {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
     """
     check_ordinary(model)
@@ -193,15 +193,15 @@ def meaning_of(
 
 
 def shorter(
-    entry: dict,
-    there: dict,  # what the builder has at this place
-) -> dict:
+    entry: dict[str, Any],
+    there: dict[str, Any],  # what the builder has at this place
+) -> dict[str, Any]:
     """An entry without what the builder makes the same.
 
     Parameters
     ----------
-    entry : dict
-    there : dict
+    entry : dict[str, Any]
+    there : dict[str, Any]
         what the builder has at this place
     """
     if "module" not in entry or entry["module"] != there.get("module"):
@@ -242,18 +242,18 @@ def check_dense(rows: dict[str, Row]) -> tuple[int, int]:  # tensors, and bytes 
 
 
 def skeleton_of(
-    manifest: dict,
+    manifest: dict[str, Any],
     model: nn.Module | None,  # what the caller passes
-    rows: dict | None = None,  # the table, so that an error can list everything that does not match
+    rows: dict[str, Any] | None = None,  # the table, so that an error can list everything that does not match
 ) -> nn.Module:  # hollow, and what the file says that it is
     """The model into which the numbers go. `PackError` unless it computes what the one computed that was saved.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     model : nn.Module | None
         what the caller passes
-    rows : dict | None, default None
+    rows : dict[str, Any] | None, default None
         the table, so that an error can list everything that does not match
 
     Returns
@@ -291,26 +291,26 @@ def skeleton_of(
 
 
 def whole_of(
-    manifest: dict,
+    manifest: dict[str, Any],
     skeleton: nn.Module,  # what the caller passes
     most: int = 2**40,  # tensors of the file
-    bounds: tuple = (),  # … and their bytes, for a builder
-) -> dict:  # as from `kinds_of`
+    bounds: tuple[Any, ...] = (),  # … and their bytes, for a builder
+) -> dict[str, Any]:  # as from `kinds_of`
     """All that a file says of a model, where it relies on a builder.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     skeleton : nn.Module
         what the caller passes
     most : int, default 2 ** 40
         tensors of the file
-    bounds : tuple, default ()
+    bounds : tuple[Any, ...], default ()
         … and their bytes, for a builder
 
     Returns
     -------
-    dict
+    dict[str, Any]
         as from `kinds_of`
     """
     try:

@@ -187,7 +187,7 @@ def stored_as(part: Part) -> str:
 def in_solid(
     line: Line,
     row: Row,
-    sizes: dict[tuple, int],  # from a `Restored` file
+    sizes: dict[tuple[int, int], int],  # from a `Restored` file
     total: int,
 ) -> Line:
     """What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written
@@ -197,7 +197,7 @@ def in_solid(
     ----------
     line : Line
     row : Row
-    sizes : dict[tuple, int]
+    sizes : dict[tuple[int, int], int]
         from a `Restored` file
     total : int
     """
@@ -406,7 +406,7 @@ class Contents:
         what is done with an input, see `graph_lines`
     format : str, default 'mz'
         whose version it is
-    base : dict | None, default None
+    base : dict[str, Any] | None, default None
         {"name", "content"} of the file of which this one is an update
     """
 
@@ -418,7 +418,7 @@ class Contents:
     lines: list[Any]  # a `Line` for each tensor
     graph: dict[Any, Any] | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
-    base: dict | None = None  # {"name", "content"} of the file of which this one is an update
+    base: dict[str, Any] | None = None  # {"name", "content"} of the file of which this one is an update
 
     @property
     def rest(self) -> int:
@@ -461,7 +461,7 @@ def inspect(
     path: str | os.PathLike[str],  # a `.mz` file
     # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
     entropy: bool = True,
-    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
+    base: str | os.PathLike[str] | None = None,  # of an update: where its base is; None: beside it
 ) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
     """What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed, and the base
     of an update is not asked for.
@@ -472,7 +472,7 @@ def inspect(
         a `.mz` file
     entropy : bool, default True
         read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
-    base : str | os.PathLike | None, default None
+    base : str | os.PathLike[str] | None, default None
         of an update: where its base is; None: beside it
 
     Returns
@@ -639,7 +639,7 @@ def distance(
 class Here:
     "An executor that runs what it gets at once, in this thread: each thread more has memory of its own."
 
-    def submit(self, f: Callable, *args: Any) -> Any:
+    def submit(self, f: Callable[..., Any], *args: Any) -> Any:
         x = f(*args)
         return SimpleNamespace(result=lambda: x)
 
@@ -747,7 +747,7 @@ class File:
 
     path: str
     f: BinaryIO
-    manifest: dict
+    manifest: dict[str, Any]
     rows: dict[str, Row]
     payload: Entry
 
@@ -776,13 +776,13 @@ class File:
                 yield torch.from_numpy(block).view(row.dtype)
 
     @functools.cached_property
-    def ties(self) -> dict:  # name → all names of the same tensor
+    def ties(self) -> dict[str, set[str]]:  # name → all names of the same tensor
         groups = {}
         for n, r in self.rows.items():
             groups.setdefault(r.same or n, set()).add(n)
         return {n: g for g in groups.values() for n in g}
 
-    def says(self, name: str) -> tuple:  # of a tensor, besides its numbers
+    def says(self, name: str) -> tuple[Any, ...]:  # of a tensor, besides its numbers
         r = self.rows[name]
         return r.layer, as_json(r.options or {}, "options")
 
@@ -798,15 +798,15 @@ class File:
 
 @contextmanager
 def opened(
-    path: str | os.PathLike,
-    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,  # of an update: where its base is; None: beside it
 ) -> Iterator[File]:
     """Open and check a file once, for many tensors.
 
     Parameters
     ----------
-    path : str | os.PathLike
-    base : str | os.PathLike | None, default None
+    path : str | os.PathLike[str]
+    base : str | os.PathLike[str] | None, default None
         of an update: where its base is; None: beside it
     """
     check_machine()
@@ -855,7 +855,7 @@ def compared_in(name: str, a: File, b: File) -> tuple[str, float | None, float |
 
 
 def change_of(
-    name: str, a: File, b: File, seen: dict
+    name: str, a: File, b: File, seen: dict[Any, Any]
 ) -> Change:  # seen: what is known of tensors that have several names
     """One tensor in two files.
 
@@ -864,7 +864,7 @@ def change_of(
     name : str
     a : File
     b : File
-    seen : dict
+    seen : dict[Any, Any]
 
     Returns
     -------

@@ -11,6 +11,7 @@ __all__ = ['STEPS', 'STATIC_ATTENTION', 'KEPT', 'whole', 'step_for', 'integer_pr
 import fnmatch, functools
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class StaticAttention(Attention):
     value_step : float
     """
 
-    in_state = ("heads", *STEPS)
+    in_state: tuple[str, ...] = ("heads", *STEPS)
     floats = Attention  # whose place it takes
 
     def __init__(
@@ -181,7 +182,7 @@ class StaticAttention(Attention):
     def steps(self) -> tuple[float, float, float]:
         return self.query_step, self.key_step, self.value_step
 
-    def check_settings(self, query_step, key_step, value_step, **more):
+    def check_settings(self, query_step: float, key_step: float, value_step: float, **more: Any) -> None:
         super().check_settings(**more)
         check_steps(query_step, key_step, value_step)
 
@@ -197,6 +198,13 @@ class StaticAttention(Attention):
     def extra_repr(self) -> str:
         steps = ", ".join(f"{name} {step:.3g}" for name, step in zip(("query", "key", "value"), self.steps))
         return f"{self.heads} heads, int8×int8→int32 and uint8×int8→int32, steps: {steps}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        width: int
+        query_step: float
+        key_step: float
+        value_step: float
 
 
 def check_steps(query_step: float, key_step: float, value_step: float) -> None:
@@ -221,7 +229,7 @@ class StaticOpenAttention(StaticAttention, OpenAttention):
         [n, places, width]; False: [places, n, width]
     """
 
-    in_state = ("heads", "batch_first", *STEPS)
+    in_state: tuple[str, ...] = ("heads", "batch_first", *STEPS)
     floats = OpenAttention
 
     def __init__(
@@ -240,8 +248,15 @@ class StaticOpenAttention(StaticAttention, OpenAttention):
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:  # [n, heads, queries, keys]
         return (whole_weights(q, k, mask, self.steps) / 255).to(q.dtype)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-STATIC_ATTENTION = {Attention: StaticAttention, OpenAttention: StaticOpenAttention}  # attention → what it becomes
+        batch_first: bool
+
+
+STATIC_ATTENTION: dict[type, Any] = {
+    Attention: StaticAttention,
+    OpenAttention: StaticOpenAttention,
+}  # attention → what it becomes
 
 # %% ../../nbs/workshop/integer_attention.ipynb
 KEPT = 16  # examples that are kept of a half, at most
@@ -257,7 +272,7 @@ class Products:
         of q, k, v in each half
     count : list[int], default field(default_factory=lambda: [0, 0])
         examples of each half
-    kept : list[list[tuple]], default field(default_factory=lambda: [[], []])
+    kept : list[list[tuple[Any, ...]]], default field(default_factory=lambda: [[], []])
         (q, k, v, mask), one example each
     drawn : list[list[float]], default field(default_factory=lambda: [[], []])
         a number for each that is kept: the least stay
@@ -266,7 +281,7 @@ class Products:
 
     reach: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])  # of q, k, v in each half
     count: list[int] = field(default_factory=lambda: [0, 0])  # examples of each half
-    kept: list[list[tuple]] = field(default_factory=lambda: [[], []])  # (q, k, v, mask), one example each
+    kept: list[list[tuple[Any, ...]]] = field(default_factory=lambda: [[], []])  # (q, k, v, mask), one example each
     drawn: list[list[float]] = field(default_factory=lambda: [[], []])  # a number for each that is kept: the least stay
     chance: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
@@ -306,7 +321,7 @@ class Products:
 @torch.no_grad()
 def seen_products(
     model: nn.Module,  # it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     names: Iterable[str],  # of attentions
 ) -> dict[str, Products]:  # of each that was called
     """What attentions are given, in two halves. `ValueError` for NaN and infinity, by name.
@@ -315,7 +330,7 @@ def seen_products(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     names : Iterable[str]
         of attentions
@@ -398,7 +413,7 @@ class FixedAttention:
 
 def attention_places(
     model: nn.Module,  # it is left as it is
-    overrides: Mapping | None = None,  # by name or pattern: 'static', or None to leave it alone
+    overrides: Mapping[str, Any] | None = None,  # by name or pattern: 'static', or None to leave it alone
     attention: bool = True,  # False: none is wanted
 ) -> dict[str, str | None]:  # name of each → 'static', 'float' to leave it alone, or None: whatever is better
     """Attentions whose products can be integers; an `nn.MultiheadAttention` is to be opened before (`open_where`).
@@ -409,7 +424,7 @@ def attention_places(
     ----------
     model : nn.Module
         it is left as it is
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern: 'static', or None to leave it alone
     attention : bool, default True
         False: none is wanted
@@ -445,8 +460,8 @@ def attention_places(
 
 def opened_places(
     model: nn.Module,  # it is left as it is
-    batches: list,  # of `feed`: an attention that is opened gives the same answers on them
-    overrides: Mapping | None = None,  # as `attention_places` takes them
+    batches: list[Any],  # of `feed`: an attention that is opened gives the same answers on them
+    overrides: Mapping[str, Any] | None = None,  # as `attention_places` takes them
     attention: bool = True,
 ) -> tuple[nn.Module, dict[str, str | None]]:  # the model, in a copy where it was opened; and its attentions
     """Open what can be opened, see `open_where`, and say which attentions there are.
@@ -455,9 +470,9 @@ def opened_places(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`: an attention that is opened gives the same answers on them
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         as `attention_places` takes them
     attention : bool, default True
 
@@ -472,7 +487,7 @@ def opened_places(
 
 def choose_attention(
     model: nn.Module,  # in eval mode; it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     places: Mapping[str, str | None],  # of `attention_places`
     limit: float | None = None,  # relative error from which an attention stays in floats; None: none does
 ) -> dict[str, FixedAttention]:  # for each attention that was called
@@ -482,7 +497,7 @@ def choose_attention(
     ----------
     model : nn.Module
         in eval mode; it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     places : Mapping[str, str | None]
         of `attention_places`
@@ -511,9 +526,9 @@ def _made_of(layer):
 
 def attentions_of(
     model: nn.Module,
-    chosen: Mapping,  # name → `FixedAttention`, among others
+    chosen: Mapping[str, Any],  # name → `FixedAttention`, among others
 ) -> tuple[
-    nn.Module, dict, dict
+    nn.Module, dict[Any, Any], dict[Any, Any]
 ]:  # the model; attention → function of its copy, which gives what takes its place; others
     """The model with the attentions opened for which something was chosen; and what `exchange` wants. `TypeError` for
     what is no mapping, `ValueError` for a name that the model does not have, and for what was chosen for another
@@ -522,12 +537,12 @@ def attentions_of(
     Parameters
     ----------
     model : nn.Module
-    chosen : Mapping
+    chosen : Mapping[str, Any]
         name → `FixedAttention`, among others
 
     Returns
     -------
-    tuple[nn.Module, dict, dict]
+    tuple[nn.Module, dict[Any, Any], dict[Any, Any]]
         the model; attention → function of its copy, which gives what takes its place; others
     """
     if not isinstance(chosen, Mapping):

@@ -7,6 +7,7 @@ __all__ = ['QConv2d']
 
 # %% ../../nbs/workshop/integer_convolution.ipynb
 import functools, math
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -38,6 +39,10 @@ class QConv2d(IntegerLayer):
     floats : bool, default False
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
+
+    inputs: int
+    geometry: tuple[Any, ...]
+    smallest: list[int]
 
     def __init__(
         self,
@@ -82,6 +87,44 @@ class QConv2d(IntegerLayer):
     def _how(self):
         padding = (0, 0) if self.layer.padding == "valid" else self.layer.padding
         return list(self.layer.stride), list(padding), list(self.layer.dilation), self.layer.groups
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _check(self, x):
+            ...
+
+        def _float(self, x):
+            ...
+
+        def _prepare_onednn(self):
+            ...
+
+        def _product(self, x, bias):
+            ...
+
+        def _by_rows(self, x):
+            "A scale for each image; None when not all is finite."
+            ...
+
+        def _from_zero(self, codes, step):
+            "Of images whose code of zero is 0."
+            ...
+
+        def _from_lifted(self, x, step, zero, top):
+            "Of images with a code of zero of their own, which is what their padding becomes."
+            ...
+
+        def _prepare_sums(self):
+            ...
+
+        def _add_bias(self, y):
+            ...
+
+        def _integer(self, x):
+            ...
+
+        def _geometry(self):
+            ...
 
 # %% ../../nbs/workshop/integer_convolution.ipynb
 @patch

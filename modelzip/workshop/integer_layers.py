@@ -9,6 +9,8 @@ __all__ = ['TINY', 'SHORT', 'ALONE', 'LAST_INPUT', 'FEW', 'is_ordinary', 'Prepar
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 import ctypes, json, sys, threading, weakref
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -30,6 +32,12 @@ class Prepared:
     """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
     stays the same; a copy starts empty."""
 
+    entry: tuple[Any, ...] | None
+    others: tuple[Any, ...] | None
+    group: Any
+    owner: Any
+    weak: Any
+
     # slots: a reference to others is nothing that a copy could take along, and nobody is to look for one here
     __slots__ = "entry", "lock", "weak", "others", "group", "owner", "in_vain", "alone", "__weakref__"
 
@@ -41,7 +49,7 @@ class Prepared:
         self.alone = 0  # how often nobody else was given the input
         self.owner = None  # weak reference to the layer whose rows were prepared
 
-    def get(self, owner, which):
+    def get(self, owner: Any, which: str) -> Any:
         entry, now = self.entry, owner._modules["packed"]._buffers.values()
         if entry is None or entry[0] != owner.kernel or not unchanged(entry[1], now):
             self.entry = entry = owner.kernel, noted(now), {}
@@ -50,7 +58,7 @@ class Prepared:
         with self.lock:
             return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
 
-    def learn(self, others, made):
+    def learn(self, others: tuple[Any, ...], made: Any) -> None:
         "Note who else was given the last input, and whether what was made of it was used up."
         self.alone = 0 if others else self.alone + 1
         if others != self.others:
@@ -58,19 +66,25 @@ class Prepared:
         if getattr(made, "left", None):
             self.group, self.in_vain = None, self.in_vain + 1
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return Prepared()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, ()
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-def noted(tensors):
+        lock: threading.RLock
+        in_vain: int
+        alone: int
+
+
+def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int, int | None]]:
     "Tensors as `unchanged` wants them."
     return [(p, p.data_ptr(), None if p.is_inference() else p._version) for p in tensors]
 
 
-def unchanged(before, now):
+def unchanged(before: list[tuple[Tensor, int, int | None]], now: Collection[Tensor]) -> bool:
     "The same tensors in the same memory, none of them written to."
     for (p, at, version), q in zip(before, now):
         if p is not q or p.data_ptr() != at or version is not None and p._version != version:
@@ -82,12 +96,12 @@ class NoGradient(torch.autograd.Function):
     "Marks a result that was computed from `x` without a gradient."
 
     @staticmethod
-    def forward(ctx, x, y, name):
+    def forward(ctx: Any, x: Tensor, y: Tensor, name: str) -> Tensor:
         ctx.name = name
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.name} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before"
             " training"
@@ -97,10 +111,14 @@ class NoGradient(torch.autograd.Function):
 class IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
 
+    prepared: Prepared
+    kernel: str
+    said: str
+
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
     floats = False  # of a layer that an earlier version pickled
 
-    def __init__(self, layer, q, name, activations, requantize, floats=False):
+    def __init__(self, layer: nn.Module, q: Any, name: str, activations: str, requantize: bool, floats: bool = False):
         super().__init__(layer, q, name)
         if (why := self.refuses(self.layer, self.q, name, requantize)) is not None:
             raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
@@ -111,7 +129,7 @@ class IntegerLayer(Dequantize):
         self.kernel = self._choose()
         self.said = described(self)  # for a compiled graph
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         said = {name: True for name in ("requantize", "floats") if getattr(self, name)}
         return {"activations": self.activations} | said
 
@@ -140,6 +158,85 @@ class IntegerLayer(Dequantize):
         with torch.no_grad():
             y = self._integer(input.float()).to(input.dtype)
         return NoGradient.apply(input, y, self._who()) if input.requires_grad else y
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        activations: str
+        requantize: bool
+
+        def _bias(self):
+            ...
+
+        def _who(self):
+            ...
+
+        def _cast(self, input):
+            "The forward pass where autocast is on."
+            ...
+
+        def __prepare_scriptable__(self) -> Any:
+            ...
+
+        def __setattr__(self, key: str, value: Any) -> None:
+            ...
+
+        def get_extra_state(self) -> Tensor:
+            ...
+
+        def set_extra_state(self, state: Tensor) -> None:
+            ...
+
+        def _load_from_state_dict(self, *args):
+            ...
+
+        def _renew(self):
+            "Look at a weight that was loaded."
+            ...
+
+        @property
+        def key(self) -> int:
+            "Tells layers apart."
+            ...
+
+        def _batch(self, x):
+            "Rows that are finite in integers, the others as a float layer would."
+            ...
+
+        def _together(self, x):
+            "One scale for all; None when not all is finite."
+            ...
+
+        def _finite(self, x):
+            ...
+
+        def _small_weight(self):
+            ...
+
+        def _prepare_floats(self):
+            "Weights, expanded from the same bytes as the integers."
+            ...
+
+        def _prepare_bytes(self):
+            """int8 codes, scale and zero point; when the layer is to be requantized, with one more rounding to a scale
+            for each output."""
+            ...
+
+        @property
+        def nbytes(self) -> int:
+            "Bytes of the compressed weight and of its copies in the order of the kernels used so far."
+            ...
+
+        def _held_bytes(self, made):
+            "Bytes that a layer keeps besides; none."
+            ...
+
+        @property
+        def runs(self) -> str:
+            "What runs, in words."
+            ...
+
+        def __repr__(self) -> str:
+            ...
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 @patch
@@ -173,24 +270,24 @@ def refuse_trace(layer: nn.Module) -> None:
 
 
 @patch
-def __prepare_scriptable__(self: IntegerLayer):
+def __prepare_scriptable__(self: IntegerLayer) -> Any:
     refuse_trace(self)  # torch.jit.script asks for it
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 @patch
-def __setattr__(self: IntegerLayer, key, value):
+def __setattr__(self: IntegerLayer, key: str, value: Any) -> None:
     Dequantize.__setattr__(self, key, value)
     if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__:
         self.__dict__["said"] = described(self)  # an option may have changed
 
 
 @patch
-def get_extra_state(self: IntegerLayer):
+def get_extra_state(self: IntegerLayer) -> Tensor:
     return as_state(json.dumps(self.options()))
 
 
 @patch
-def set_extra_state(self: IntegerLayer, state):
+def set_extra_state(self: IntegerLayer, state: Tensor) -> None:
     how = json.loads(bytes(state.tolist()))
     if (
         how.get("activations") not in ("row", "tensor")
@@ -324,7 +421,7 @@ class LastInput:
 
     input, how, users, made, copy = None, None, [], None, None
 
-    def get(self, layer, x, how, make):
+    def get(self, layer: Prepared, x: Tensor, how: Any, make: Callable[[bool], Any]) -> Any:
         """What `make` returned for this very tensor and `how`, or returns now; it is told whether that will be
         remembered. `layer` tells layers apart."""
         if x.numel() > SHORT or not x.is_contiguous():
@@ -343,7 +440,7 @@ class LastInput:
             self.input = weakref.ref(x, self._gone)
         return made
 
-    def forget(self):
+    def forget(self) -> None:
         "Drop what was made, and tell the first user who the others were."
         if self.users and (first := self.users[0]()) is not None:
             first.learn(tuple(self.users[1:]), self.made)
@@ -360,12 +457,16 @@ class _Last(threading.local):
     def __init__(self):
         self.one = LastInput()
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        one: LastInput
+
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
-def same_bytes(x, copy):
+def same_bytes(x: Tensor, copy: Tensor) -> bool:
     "Whether a tensor has the bytes of a copy of it."
     return x.shape == copy.shape and x.is_contiguous() and _memcmp(x.data_ptr(), copy.data_ptr(), copy.nbytes) == 0
 

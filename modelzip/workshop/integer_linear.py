@@ -7,6 +7,7 @@ __all__ = ['LARGE', 'FEW_ROWS', 'FEW_WEIGHTS', 'FEW_TOGETHER', 'QLinear', 'fitti
 
 # %% ../../nbs/workshop/integer_linear.ipynb
 import itertools, math, weakref
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -45,6 +46,9 @@ class QLinear(IntegerLayer):
     floats : bool, default False
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
+
+    inputs: int
+    outputs: int
 
     def __init__(
         self,
@@ -86,6 +90,119 @@ class QLinear(IntegerLayer):
 
     def _add_bias(self, y):
         return y if (bias := self._bias()) is None else y.add_(bias)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _choose(self):
+            "Which product runs: 'floats', 'tiny', 'int4', 'expand', 'int8' or 'plain'."
+            ...
+
+        def _integer(self, x):
+            ...
+
+        def _ordinarily(self, x, rows):
+            "The product for an input that is finite and of ordinary size; None for others."
+            ...
+
+        def _ready(self, x, way):
+            "An input as the product with one range wants it."
+            ...
+
+        def _code(self, rows):
+            ...
+
+        def _lone(self, x):
+            ...
+
+        def _in_rows(self, x, rows):
+            "A range for each row."
+            ...
+
+        def _coded(self, rows, made, remembered):
+            "Rows as codes; None when not all of them are ordinary."
+            ...
+
+        def _from_rows(self, codes, step, low, made, y=None):
+            "The answer from the codes of rows; `y`: their product with the weight, where it is known."
+            ...
+
+        def _times(self, codes, held, scale):
+            "Codes times the weight, times its scales."
+            ...
+
+        def _is_few(self, rows):
+            "Whether the product that is quick to start is the quicker one."
+            ...
+
+        def _from_whole(self, codes, step, low, weight, scale, sums):
+            ...
+
+        def _from_few(self, x, weight):
+            ...
+
+        def _for_all(self, codes, made):
+            "The products of codes with this layer's weight and those of the others that are given the same input."
+            ...
+
+        def _grouped_with(self, made):
+            "What is prepared for the rows of each layer of a group, their weights below each other, and their scales."
+            ...
+
+        def _product(self, x, bias, weight=None):
+            "The integer product with one scale for the input, with or without the bias."
+            ...
+
+        def _by_rows(self, x):
+            "A range for each row; None when not all is finite."
+            ...
+
+        def _by_stretched_rows(self, x):
+            ...
+
+        def _finite(self, x):
+            ...
+
+        def _coded_rows(self, x):
+            "Codes, steps and smallest values of rows; None when the weight needs another way."
+            ...
+
+        def _columns_and(self, way, *rest):
+            "Column scales; how an input is made ready, which has to be the same where it is shared; the rest."
+            ...
+
+        def _scale_and_sums(self):
+            """int8 codes, scales and sums for products of codes; None when the weight has zero points, or this machine
+            lacks such products."""
+            ...
+
+        def _prepare_sums(self):
+            ...
+
+        def _prepare_rows(self):
+            ...
+
+        def _prepare_whole(self):
+            ...
+
+        def _held_bytes(self, made):
+            "Weights of the products of rows: its own, and those of the layers that it computes for."
+            ...
+
+        def _prepare_few(self):
+            ...
+
+        def _prepare_bare(self):
+            ...
+
+        def _geometry(self) -> str:
+            ...
+
+        def _grouped(self, x):
+            "The 4-bit product for a few rows; else, or when not all is ordinary, the expanded weight."
+            ...
+
+        def _prepare_int4(self):
+            ...
 
 # %% ../../nbs/workshop/integer_linear.ipynb
 @patch
@@ -186,8 +303,15 @@ class Coded:
 
     __slots__ = "codes", "step", "low", "left"
 
-    def __init__(self, codes, step, low, left):
+    def __init__(self, codes: Tensor, step: Tensor, low: Tensor, left: dict[Any, Any]):
         self.codes, self.step, self.low, self.left = codes, step, low, left
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        codes: Tensor
+        step: Tensor
+        low: Tensor
+        left: dict[Any, Any]
 
 
 @patch

@@ -8,6 +8,7 @@ __all__ = ['LEAST_HIDDEN', 'stepwise', 'packed_cell', 'run_cells', 'loop_is_righ
 # %% ../../nbs/workshop/integer_recurrent.ipynb
 import functools, math
 from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -51,7 +52,9 @@ def stepwise(
     data: Tensor,  # [inputs of all steps, features]
     sizes: list[int],  # sequences at each step, none more than at the one before
     starts: tuple[Tensor, ...],  # first states, each [layers · directions, sequences, hidden]
-    products: list[tuple[Callable, Callable]],  # for each layer and direction: of inputs, and of hidden states
+    products: list[
+        tuple[Callable[..., Any], Callable[..., Any]]
+    ],  # for each layer and direction: of inputs, and of hidden states
     directions: int = 1,
 ) -> tuple[Tensor, ...]:  # outputs [of all steps, directions · hidden], and the last states
     """An LSTM (two states) or a GRU (one), a step at a time, with any products.
@@ -64,7 +67,7 @@ def stepwise(
         sequences at each step, none more than at the one before
     starts : tuple[Tensor, ...]
         first states, each [layers · directions, sequences, hidden]
-    products : list[tuple[Callable, Callable]]
+    products : list[tuple[Callable[..., Any], Callable[..., Any]]]
         for each layer and direction: of inputs, and of hidden states
     directions : int, default 1
 
@@ -92,8 +95,8 @@ def stepwise(
 
 # %% ../../nbs/workshop/integer_recurrent.ipynb
 def packed_cell(
-    inputs: tuple,  # codes, scales, zero points or None of the matrix of inputs, as `as_int8` gives them
-    hidden: tuple,  # the same of hidden states
+    inputs: tuple[Any, ...],  # codes, scales, zero points or None of the matrix of inputs, as `as_int8` gives them
+    hidden: tuple[Any, ...],  # the same of hidden states
     biases: tuple[Tensor, Tensor],
 ) -> torch.ScriptObject:  # what `torch.quantized_lstm` wants for a layer and direction
     return torch.ops.quantized.make_quantized_cell_params_dynamic(
@@ -108,7 +111,7 @@ def run_cells(
     data: Tensor,  # padded [steps, sequences, features], or packed [inputs of all steps, features]
     sizes: Tensor | None,  # of what is packed: sequences at each step
     starts: tuple[Tensor, ...],  # first states
-    cells: list,  # of `packed_cell`
+    cells: list[Any],  # of `packed_cell`
     directions: int,
     batch_first: bool = False,  # of what is padded
 ) -> tuple[Tensor, ...]:  # outputs, and the last states
@@ -122,7 +125,7 @@ def run_cells(
         of what is packed: sequences at each step
     starts : tuple[Tensor, ...]
         first states
-    cells : list
+    cells : list[Any]
         of `packed_cell`
     directions : int
     batch_first : bool, default False
@@ -196,6 +199,12 @@ class QRecurrent(IntegerLayer):
         compute in floats, with a copy of the weights that is kept: 4 bytes a weight
     """
 
+    activations: str
+    requantize: bool
+    prepared: Any
+    kernel: str
+    said: str
+
     # what is set here is the wrapper's own, and none of the layer's inside
     activations, requantize, prepared, kernel, said = "tensor", False, None, "", ""
 
@@ -233,6 +242,55 @@ class QRecurrent(IntegerLayer):
 
     def _choose(self):
         return "floats" if self.floats else "int8" if loop_is_right() else "plain"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _parts(self):
+            "Packed matrices by name, and the ordinary layer."
+            ...
+
+        def _made(self):
+            "The cells for the loop, or the expanded layer: made once, for as long as nothing changes."
+            ...
+
+        def _prepare_floats(self, packed, inner):
+            ...
+
+        def _prepare_cells(self, packed, inner):
+            ...
+
+        def _in_integers(self, input, hx):
+            "The forward pass in integers, of inputs on the CPU."
+            ...
+
+        def _run(self, x, sizes, starts, cells, inner):
+            "Outputs and last states; `sizes`: of what is packed."
+            ...
+
+        def _apart(self, call, cells, inner):
+            "Sequences that are finite in integers, together or each alone; the others in floats. In packed form."
+            ...
+
+        def _floats(self, data, sizes, starts, inner):
+            "As a float layer computes it."
+            ...
+
+        def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+            "As the layer's own; in floats where it is compiled, derived, on another device, or drops out."
+            ...
+
+        @property
+        def nbytes(self) -> int:
+            "Bytes of the compressed matrices, and of their copy for the loop, or in floats."
+            ...
+
+        @property
+        def runs(self) -> str:
+            "What runs, in words."
+            ...
+
+        def _geometry(self) -> str:
+            ...
 
 
 def matrix_names(inner: nn.RNNBase) -> list[str]:
@@ -432,7 +490,7 @@ def _floats(self: QRecurrent, data, sizes, starts, inner):
 
 # %% ../../nbs/workshop/integer_recurrent.ipynb
 @patch
-def forward(self: QRecurrent, input: Tensor | PackedSequence, hx=None):
+def forward(self: QRecurrent, input: Tensor | PackedSequence, hx: Any = None) -> Any:
     "As the layer's own; in floats where it is compiled, derived, on another device, or drops out."
     if torch.compiler.is_compiling():
         return self.compiled_forward(input, hx)

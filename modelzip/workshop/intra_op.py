@@ -8,7 +8,7 @@ __all__ = ['elsewhere', 'intra_op_threads', 'cores']
 # %% ../../nbs/workshop/intra_op.ipynb
 import functools, os, sys, threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -40,7 +40,7 @@ def elsewhere(
 
 # %% ../../nbs/workshop/intra_op.ipynb
 @functools.lru_cache(1)
-def _blas_libraries(modules: int) -> list:
+def _blas_libraries(modules: int) -> list[Any]:
     "BLAS libraries of this process; searched for again when more modules have been imported."
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
@@ -52,7 +52,7 @@ class _Blas:
     lock, asked, before = threading.RLock(), [], []
 
     @classmethod
-    def change(cls, step: Callable, n: int) -> None:
+    def change(cls, step: Callable[..., Any], n: int) -> None:
         with cls.lock:
             if not cls.asked:
                 cls.before = [(lib, lib.num_threads) for lib in _blas_libraries(len(sys.modules))]
@@ -72,6 +72,10 @@ class intra_op_threads:
         at least 1
     """
 
+    n: int
+    old: int
+    lock: Any
+
     lock = threading.Lock()
 
     def __init__(
@@ -85,9 +89,15 @@ class intra_op_threads:
         _Blas.change(list.append, self.n)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         _Blas.change(list.remove, self.n)
         self.set(self.old)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def set(self, n: int) -> int:
+            "Set this thread's number and repair what threads to come begin with; gives the old number."
+            ...
 
 # %% ../../nbs/workshop/intra_op.ipynb
 @patch

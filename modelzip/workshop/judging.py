@@ -64,7 +64,7 @@ def length_of(batch: Any) -> int | None:  # how many examples are in it, as far 
 # %% ../../nbs/workshop/judging.ipynb
 def rows_of(
     model: nn.Module,  # called as it is, without gradients or with, as the caller has it
-    batches: Iterable,  # see `feed`
+    batches: Iterable[Any],  # see `feed`
 ) -> dict[str, list[Tensor]]:  # name of an output → for each batch its rows [n, numbers]
     """What a model puts out, as rows to be compared. `ValueError` or `TypeError` when there is nothing to compare.
 
@@ -72,7 +72,7 @@ def rows_of(
     ----------
     model : nn.Module
         called as it is, without gradients or with, as the caller has it
-    batches : Iterable
+    batches : Iterable[Any]
         see `feed`
 
     Returns

@@ -9,7 +9,7 @@ __all__ = ['Rounded', 'Cache', 'all_or_nothing', 'QuantizedCache', 'checked', 'T
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TYPE_CHECKING, runtime_checkable
 
 import torch
 from fastcore.basics import patch
@@ -138,7 +138,7 @@ class QuantizedCache:
         if group < 8 or group % 8:
             raise ValueError(f"group is {group}; it may be a multiple of 8")
         self.bits, self.group, self.recent = bits, group, recent
-        self.kept: dict[int, list] = {}  # layer: keys, values (`Rounded` or None), and those of the window
+        self.kept: dict[int, list[Any]] = {}  # layer: keys, values (`Rounded` or None), and those of the window
 
     @property
     def length(self) -> int:  # tokens that all layers have seen
@@ -161,6 +161,22 @@ class QuantizedCache:
     def __repr__(self) -> str:
         how = f"{self.bits} bits, groups of {self.group}, {self.recent} newest as they came"
         return f"QuantizedCache({how}; {self.length:,} tokens, {self.nbytes:,} bytes)"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bits: int
+        group: int
+        recent: int
+
+        def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            """Take what is new, give all there is: the new ones as they came. `ValueError` for shapes that do not
+            follow those before, and for numbers to be rounded that float16 cannot hold; what is kept is then as it
+            was."""
+            ...
+
+        def truncate(self, length: int) -> None:
+            "Forget all that came later. `ValueError` for more tokens than there are."
+            ...
 
 # %% ../../nbs/workshop/key_value_cache.ipynb
 def checked(layer: int, keys: Tensor, values: Tensor, before: tuple[Tensor, Tensor] | None) -> None:
@@ -281,6 +297,12 @@ class ThroughCache(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         cache = self.make()
         return torch.cat([self.model(part, cache) for part in ids.split(self.piece, 1)], 1)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        make: Callable[[], Cache]
+        piece: int
 
 # %% ../../nbs/workshop/key_value_cache.ipynb
 from .arguments import name_arguments

@@ -25,7 +25,7 @@ def of_torch(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "torch"
 
 
-def attributes_of(module: nn.Module) -> dict:  # name → value, as `said` says it
+def attributes_of(module: nn.Module) -> dict[str, Any]:  # name → value, as `said` says it
     """The plain attributes of a module that may change what it computes.
 
     Parameters
@@ -34,7 +34,7 @@ def attributes_of(module: nn.Module) -> dict:  # name → value, as `said` says 
 
     Returns
     -------
-    dict
+    dict[str, Any]
         name → value, as `said` says it
     """
     takes, library = (
@@ -50,7 +50,7 @@ def attributes_of(module: nn.Module) -> dict:  # name → value, as `said` says 
     return out | small_buffers(module)
 
 
-def small_buffers(module: nn.Module) -> dict:
+def small_buffers(module: nn.Module) -> dict[str, Any]:
     """Buffers of the user's own that no state dict keeps, by their numbers: a large one is a table that the builder
     makes, maybe to another last bit on another machine."""
     if type(module).__module__.partition(".")[0] in LIBRARIES:
@@ -85,7 +85,7 @@ def hooks_named(
 
 def module_entry(
     module: nn.Module,  # compressed or not
-) -> dict:  # {"module": its class's name, "attributes", "shapes"}
+) -> dict[str, Any]:  # {"module": its class's name, "attributes", "shapes"}
     """What a file says of a module that it cannot make.
 
     Parameters
@@ -95,7 +95,7 @@ def module_entry(
 
     Returns
     -------
-    dict
+    dict[str, Any]
         {"module": its class's name, "attributes", "shapes"}
     """
     if (told := vars(plain_layer(module)).get("file_entry")) is not None:  # it comes from a file that says so
@@ -141,13 +141,13 @@ def walk(
             yield from walk(child, f"{name}.{key}" if name else key)
 
 
-def entry_of(module: nn.Module) -> dict:
+def entry_of(module: nn.Module) -> dict[str, Any]:
     "What is to be said of one module."
     plain, hooks = plain_layer(module), hooks_named(module)
     return (layer_entry(plain) or module_entry(module)) | ({"hooks": hooks} if hooks else {})
 
 
-def kinds_of(model: nn.Module) -> dict:  # name → entry, in the order of the model
+def kinds_of(model: nn.Module) -> dict[str, dict[str, Any]]:  # name → entry, in the order of the model
     """Of which classes a model consists, and with which facts.
 
     Parameters
@@ -156,7 +156,7 @@ def kinds_of(model: nn.Module) -> dict:  # name → entry, in the order of the m
 
     Returns
     -------
-    dict
+    dict[str, dict[str, Any]]
         name → entry, in the order of the model
     """
     return {name: entry_of(m) for name, m in walk(model)}
@@ -254,7 +254,7 @@ def alike(
     return True
 
 # %% ../../nbs/workshop/kinds.ipynb
-def same_fact(said, here):
+def same_fact(said: Any, here: Any) -> bool:
     "Whether an attribute is what was said; a large tensor that is not there yet may come, as in a cache."
     if isinstance(said, dict) and "digest" in said and (here is None or here is MISSING):
         return True
@@ -262,16 +262,16 @@ def same_fact(said, here):
 
 
 def fits(
-    want: dict,  # an entry of a file
-    have: dict,  # of a module that is there
+    want: dict[str, Any],  # an entry of a file
+    have: dict[str, Any],  # of a module that is there
 ) -> bool:
     """Whether a module is what a file says.
 
     Parameters
     ----------
-    want : dict
+    want : dict[str, Any]
         an entry of a file
-    have : dict
+    have : dict[str, Any]
         of a module that is there
     """
     rest = lambda e: text({k: v for k, v in e.items() if k != "attributes"})
@@ -285,7 +285,7 @@ def parent_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def children_in(kinds: dict) -> dict[str, list[str]]:
+def children_in(kinds: dict[str, Any]) -> dict[str, list[str]]:
     "The names of what stands in each module, in order."
     out = {}
     for name in kinds:
@@ -295,21 +295,21 @@ def children_in(kinds: dict) -> dict[str, list[str]]:
 
 
 def differing(
-    want: dict,  # from `kinds_of`
-    have: dict,  # … of another model
-) -> dict:  # name → entry of `want`, where the other differs or lacks it
+    want: dict[str, Any],  # from `kinds_of`
+    have: dict[str, Any],  # … of another model
+) -> dict[str, Any]:  # name → entry of `want`, where the other differs or lacks it
     """What would have to change.
 
     Parameters
     ----------
-    want : dict
+    want : dict[str, Any]
         from `kinds_of`
-    have : dict
+    have : dict[str, Any]
         … of another model
 
     Returns
     -------
-    dict
+    dict[str, Any]
         name → entry of `want`, where the other differs or lacks it
     """
     ours, theirs, out, anew = children_in(want), children_in(have), {}, set()

@@ -125,7 +125,7 @@ HOMES_OF_LAYERS |= dict.fromkeys(["StaticAttention", "StaticOpenAttention"], "wo
 HOMES_OF_LAYERS |= {"OpenAttention": "workshop.open_attention", "Turn": "rotations"}  # all others: torch.nn
 
 
-OWN = {}  # name → a layer of this library, registered by the module that makes it
+OWN: dict[Any, Any] = {}  # name → a layer of this library, registered by the module that makes it
 
 
 def arguments_known(
@@ -246,12 +246,12 @@ def _defaults(cls):
     } | ({"nonlinearity": "tanh"} if cls is nn.RNN else {})
 
 
-def defaults_of(cls: type) -> dict:  # name → value, as JSON has it
+def defaults_of(cls: type) -> dict[str, Any]:  # name → value, as JSON has it
     """What the arguments of a class are if nobody says them; those that must be said are absent.
 
     Returns
     -------
-    dict
+    dict[str, Any]
         name → value, as JSON has it
     """
     return {k: v for k, v in _defaults(cls).items() if v is not MISSING}
@@ -264,7 +264,7 @@ def _is_default(v, default):
 
 def layer_entry(
     layer: nn.Module,  # not compressed
-) -> dict | None:  # {"class": …, arguments that are not the default}; None: it is of no class of the table
+) -> dict[str, Any] | None:  # {"class": …, arguments that are not the default}; None: it is of no class of the table
     """What a file says of a layer that it can make.
 
     Parameters
@@ -274,7 +274,7 @@ def layer_entry(
 
     Returns
     -------
-    dict | None
+    dict[str, Any] | None
         {"class": …, arguments that are not the default}; None: it is of no class of the table
     """
     name = type(layer).__name__
@@ -350,7 +350,7 @@ def check_argument(value: Any) -> Any:  # lists as tuples
 
 def make_plain(
     name: str,
-    entry: dict,  # {"class", arguments}
+    entry: dict[str, Any],  # {"class", arguments}
     most: int = 2**40,  # tensors that it may have
 ) -> nn.Module:  # hollow
     """Make a layer of the table; `PackError` that names the argument which it cannot have, or if its constructor
@@ -359,7 +359,7 @@ def make_plain(
     Parameters
     ----------
     name : str
-    entry : dict
+    entry : dict[str, Any]
         {"class", arguments}
     most : int, default 2 ** 40
         tensors that it may have
@@ -382,7 +382,7 @@ def make_plain(
         raise PackError(f"{where} cannot be made ({entry['class']}: {e})"[:400]) from None
 
 
-def arguments_of(entry: dict) -> dict:
+def arguments_of(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: check_argument(v) for k, v in entry.items() if k not in ("class", "hooks")}
 
 
@@ -398,7 +398,7 @@ OURS = {*vars(nn.Module()), "architecture", "inplace", "training", "device"}
 
 def shapes_of(
     module: nn.Module,  # compressed or not
-) -> dict:  # name → shape of each tensor of its own, as if none were compressed
+) -> dict[str, Any]:  # name → shape of each tensor of its own, as if none were compressed
     if isinstance(module, Dequantize):
         return shapes_of(module.layer) | {
             module.name: list(module.packed.meta["shape"] if "shape" in module.packed.meta else module.q.shape)

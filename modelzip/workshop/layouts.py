@@ -8,6 +8,7 @@ __all__ = ['Way', 'LAYOUTS', 'Layout', 'whole', 'Bitmap', 'Gaps', 'Groups', 'Den
 # %% ../../nbs/workshop/layouts.ipynb
 import itertools, math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,16 @@ class Layout:
         "Every way to say where `keep` is True; what is stored holds at least that."
         raise NotImplementedError
 
-    def decode(self, positions: Tensor, shape: torch.Size, how: dict) -> Tensor:  # bool, of that shape
+    def decode(self, positions: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:  # bool, of that shape
         raise NotImplementedError
 
-    def codes(self, shape: torch.Size, how: dict) -> tuple[int, int, int]:  # bits, number, levels
+    def codes(self, shape: torch.Size, how: dict[str, Any]) -> tuple[int, int, int]:  # bits, number, levels
         raise NotImplementedError
 
-    def check(self, shape: torch.Size, how: dict) -> None:
+    def check(self, shape: torch.Size, how: dict[str, Any]) -> None:
         "`ValueError` for numbers that cannot be."
 
-    def describe(self, how: dict) -> str:
+    def describe(self, how: dict[str, Any]) -> str:
         raise NotImplementedError
 
 # %% ../../nbs/workshop/layouts.ipynb
@@ -65,16 +66,16 @@ class Bitmap(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    def ways(self, keep):
+    def ways(self, keep: Tensor) -> Iterator[Way]:
         yield pack_bits(keep.flatten().to(torch.uint8), 1), {}, keep
 
-    def decode(self, positions, shape, how):
+    def decode(self, positions: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
         return unpack_bits(positions, 1, shape.numel()).bool().view(shape)
 
-    def codes(self, shape, how):
+    def codes(self, shape: torch.Size, how: dict[str, Any]) -> tuple[int, int, int]:
         return 1, shape.numel(), 2
 
-    def describe(self, how):
+    def describe(self, how: dict[str, Any]) -> str:
         return "bitmap"
 
 # %% ../../nbs/workshop/layouts.ipynb
@@ -97,9 +98,9 @@ class Gaps(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    keys = ("gap", "gaps")  # bits of a code, number of codes
+    keys: tuple[str, ...] = ("gap", "gaps")  # bits of a code, number of codes
 
-    def ways(self, keep):
+    def ways(self, keep: Tensor) -> Iterator[Way]:
         at = keep.flatten().nonzero()[:, 0]
         gaps = at.diff(prepend=at.new_full((1,), -1)) - 1
         b = min(range(1, 17), key=lambda b: b * _gap_codes(gaps, b))
@@ -109,7 +110,7 @@ class Gaps(Layout):
         codes[(more + 1).cumsum(0) - 1] = (gaps % skip).int()
         yield pack_bits(codes, b), {"gap": b, "gaps": len(codes)}, keep
 
-    def decode(self, positions, shape, how):
+    def decode(self, positions: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
         b, n = how["gap"], shape.numel()
         codes, begin, ended = unpack_bits(positions, b, how["gaps"]), 0, True
         keep = torch.zeros(n, dtype=torch.bool, device=positions.device)
@@ -124,14 +125,14 @@ class Gaps(Layout):
             raise ValueError("the gaps do not fit the shape")
         return keep.view(shape)
 
-    def codes(self, shape, how):
+    def codes(self, shape: torch.Size, how: dict[str, Any]) -> tuple[int, int, int]:
         return how["gap"], how["gaps"], 1 << how["gap"]
 
-    def check(self, shape, how):
+    def check(self, shape: torch.Size, how: dict[str, Any]) -> None:
         if not (whole(how["gap"], 1, 16) and whole(how["gaps"], 0, 2 * shape.numel())):
             raise ValueError("the gaps are described in an impossible way")
 
-    def describe(self, how):
+    def describe(self, how: dict[str, Any]) -> str:
         return f"gaps of {how.get('gap')} bits"
 
 
@@ -194,9 +195,9 @@ class Groups(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    keys = ("n", "m")
+    keys: tuple[str, ...] = ("n", "m")
 
-    def ways(self, keep):
+    def ways(self, keep: Tensor) -> Iterator[Way]:
         for m in (2, 4, 8, 16):
             fits = keep.numel() and keep.dim() and m <= keep.shape[keep.dim() > 1]
             n = max(1, int(_in_groups(keep, m).sum(-1).max())) if fits else m
@@ -212,7 +213,7 @@ class Groups(Layout):
         codes = number[(groups * place).sum(-1)].flatten()
         return pack_bits(codes, _pattern_bits(n, m)), {"n": n, "m": m}, _out_of_groups(groups, keep.shape)
 
-    def decode(self, positions, shape, how):
+    def decode(self, positions: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
         n, m = how["n"], how["m"]
         groups = _group_shape(shape, m)
         codes = unpack_bits(positions, _pattern_bits(n, m), math.prod(groups)).long()
@@ -220,15 +221,15 @@ class Groups(Layout):
             raise ValueError("a group has a pattern that there is not")
         return _out_of_groups(_patterns(n, m, positions.device)[codes].view(*groups, m), shape)
 
-    def codes(self, shape, how):
+    def codes(self, shape: torch.Size, how: dict[str, Any]) -> tuple[int, int, int]:
         n, m = how["n"], how["m"]
         return _pattern_bits(n, m), math.prod(_group_shape(shape, m)), math.comb(m, n)
 
-    def check(self, shape, how):
+    def check(self, shape: torch.Size, how: dict[str, Any]) -> None:
         if not (whole(how["m"], 2, 16) and whole(how["n"], 1, how["m"] - 1)):
             raise ValueError("N:M is described in an impossible way")
 
-    def describe(self, how):
+    def describe(self, how: dict[str, Any]) -> str:
         return f"{how.get('n')}:{how.get('m')}"
 
 # %% ../../nbs/workshop/layouts.ipynb
@@ -251,10 +252,10 @@ class Dense(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    def ways(self, keep):
+    def ways(self, keep: Tensor) -> Iterator[Way]:
         yield None, {}, torch.ones_like(keep)
 
-    def describe(self, how):
+    def describe(self, how: dict[str, Any]) -> str:
         return "dense"
 
 
@@ -268,20 +269,20 @@ def layout_names() -> str:
 
 # %% ../../nbs/workshop/layouts.ipynb
 def layout_of(
-    meta: dict,  # what a file says of a sparse tensor
+    meta: dict[str, Any],  # what a file says of a sparse tensor
     shape: torch.Size,
-) -> tuple[str, dict, int]:  # layout, the numbers that describe it, count of values
+) -> tuple[str, dict[str, Any], int]:  # layout, the numbers that describe it, count of values
     """Layout and its numbers, in their ranges; `ValueError` for anything else.
 
     Parameters
     ----------
-    meta : dict
+    meta : dict[str, Any]
         what a file says of a sparse tensor
     shape : torch.Size
 
     Returns
     -------
-    tuple[str, dict, int]
+    tuple[str, dict[str, Any], int]
         layout, the numbers that describe it, count of values
     """
     layout, n = meta.get("layout"), shape.numel()

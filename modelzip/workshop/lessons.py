@@ -63,7 +63,7 @@ def watched(
 
 # %% ../../nbs/workshop/lessons.ipynb
 def features_of(
-    seen: dict,  # outputs of the layers that were watched
+    seen: dict[str, Any],  # outputs of the layers that were watched
     names: tuple[str, ...],  # those that a loss needs
     who: str,  # "student" or "teacher", for errors
 ) -> dict[str, Tensor]:
@@ -354,7 +354,7 @@ class SaysItsSettings(nn.Module):
             raise ValueError(f"this state belongs to a loss of other settings, {said}; this one has {self._says()}")
 
 # %% ../../nbs/workshop/lessons.ipynb
-def check_terms(factors: list, parts: list, kind: type) -> None:
+def check_terms(factors: list[Any], parts: list[Any], kind: type) -> None:
     "`TypeError` and `ValueError` for what cannot be a weighted sum of losses."
     if len(factors) != len(parts):
         raise ValueError(f"there are {len(factors)} factors and {len(parts)} losses; each loss needs one")

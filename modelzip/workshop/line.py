@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 
@@ -31,7 +31,7 @@ class Request:
     "A sample, the future that its caller holds, and the time until which an answer is wanted."
 
     sample: Any
-    key: tuple
+    key: tuple[Any, ...]
     deadline: float | None = None
     arrived: float = 0.0
     future: Future = field(default_factory=Future)
@@ -40,9 +40,11 @@ class Request:
 class Line:
     "Requests that wait: a queue for each shape."
 
+    askers: deque[Any]
+
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
-        self.queues: dict[tuple, deque] = {}
+        self.queues: dict[tuple[Any, ...], deque] = {}
         self.askers, self.why = (
             deque(),
             "",
@@ -50,6 +52,70 @@ class Line:
         lock = threading.RLock()  # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
         self.watch = Watch(lock, self.late)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        size: int
+        waiting: int
+        idle: int
+        gathering: int
+        forgotten: int
+        closed: bool
+        why: str
+        work: threading.Condition
+        room: threading.Condition
+        watch: Watch
+
+        def put(self, requests: list[Request], patience: float | None) -> None:
+            "Add requests in order, waiting at most `patience` seconds for room."
+            ...
+
+        def make_room(self, until: float | None) -> None:
+            "Wait until there is a place."
+            ...
+
+        def forget_cancelled(self) -> None:
+            "Make room: requests whose callers have cancelled them need no place."
+            ...
+
+        def leave_out(self, which: Callable[..., Any]) -> list[Request]:
+            "Take some requests out of the queues."
+            ...
+
+        def late(self, now: float) -> tuple[list[Request], float]:
+            "Requests whose time is over leave the line; gives them, and when the next one's is."
+            ...
+
+        def tell(self, n: int) -> None:
+            "There is room for n more."
+            ...
+
+        def pop(self, key: tuple[Any, ...], most: int) -> list[Request]:
+            "Up to `most` requests of one shape, oldest first."
+            ...
+
+        def take(
+            self,
+            most: int,
+            hopes: int = 1,
+            patience: float = 0.0,
+            into: list[Any] | None = None,
+        ) -> list[Request] | None:
+            """A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed
+            and empty."""
+            ...
+
+        def close(self, cancel: bool = False) -> list[Request]:
+            "Take no more requests; gives those that were waiting if they shall not be served."
+            ...
+
+        def ask(self) -> asyncio.Future:
+            "For a coroutine: done when there may be room."
+            ...
+
+        def leave(self, hope: asyncio.Future) -> None:
+            "Asks no more; if it was told of room, which it may not have used, the next one is."
+            ...
 
 # %% ../../nbs/workshop/line.ipynb
 @patch

@@ -9,7 +9,7 @@ __all__ = ['Interval', 'exp_or_inf', 'dice_of', 'ratio_interval', 'check_known',
 
 # %% ../../nbs/workshop/listening.ipynb
 import math, operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -28,7 +28,7 @@ class Interval:
     low: float
     high: float
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[float]:
         return iter((self.value, self.low, self.high))
 
     def __str__(self) -> str:

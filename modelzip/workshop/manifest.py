@@ -44,7 +44,7 @@ def check_keys(value: Any) -> None:
         todo += x.values() if isinstance(x, dict) else x
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "A JSON object whose keys differ."
     d = dict(pairs)
     if len(d) != len(pairs):
@@ -132,7 +132,7 @@ def is_size(x: Any) -> bool:
     return type(x) is int and 0 <= x < 2**63
 
 
-def check_shape(entry: dict, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+def check_shape(entry: dict[str, Any], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
     "The type and the shape in an entry of the table."
     dtype, shape, who = entry.get("dtype"), entry.get("shape"), quoted(name)
     demand(isinstance(dtype, str) and dtype in DTYPES, f"{who} has the unknown type {ascii(dtype)[:40]}")
@@ -316,7 +316,7 @@ def is_plain_name(name: str) -> bool:
     return name.isprintable() and name not in (".", "..") and not set("/\\:") & set(name)
 
 
-def check_manifest(m: Any) -> dict:  # the same
+def check_manifest(m: Any) -> dict[str, Any]:  # the same
     """The outer form of a manifest. The version comes first: a newer file may differ in all the rest.
 
     Parameters
@@ -325,7 +325,7 @@ def check_manifest(m: Any) -> dict:  # the same
 
     Returns
     -------
-    dict
+    dict[str, Any]
         the same
     """
     version = m.get("modelzip") if isinstance(m, dict) else None
@@ -447,12 +447,12 @@ class Row:
         {"": …} if it is plain, {} if it is tied
     kind : str | None, default None
         of a compressed tensor
-    meta : dict | None, default None
+    meta : dict[str, Any] | None, default None
     same : str | None, default None
         the name of the tensor to which it is tied
     layer : str | None, default None
         the class of the compressed layer
-    options : dict | None, default None
+    options : dict[str, Any] | None, default None
         … and its options
     """
 
@@ -461,10 +461,10 @@ class Row:
     shape: tuple[int, ...]
     parts: dict[str, Part]  # {"": …} if it is plain, {} if it is tied
     kind: str | None = None  # of a compressed tensor
-    meta: dict | None = None
+    meta: dict[str, Any] | None = None
     same: str | None = None  # the name of the tensor to which it is tied
     layer: str | None = None  # the class of the compressed layer
-    options: dict | None = None  # … and its options
+    options: dict[str, Any] | None = None  # … and its options
 
     @property
     def nbytes(self) -> int:
@@ -507,7 +507,7 @@ def check_row(
     return Row(name, part.dtype, part.shape, {"": part})
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_compressed(name: str, entry: dict, update: bool = False) -> Row:
+def check_compressed(name: str, entry: dict[str, Any], update: bool = False) -> Row:
     "An entry that is a compressed tensor."
     who = quoted(name)
     e = as_struct(Compressed, entry, f"{who} is described in an unknown form")
@@ -533,7 +533,7 @@ def check_compressed(name: str, entry: dict, update: bool = False) -> Row:
     return row
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_tied(name: str, entry: dict, rows: dict[str, Row]) -> Row:
+def check_tied(name: str, entry: dict[str, Any], rows: dict[str, Row]) -> Row:
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
     tie = as_struct(Tied, entry, f"{quoted(name)} is described in an unknown form")
     layer, same = None if tie.layer is UNSET else tie.layer, tie.same
@@ -552,7 +552,7 @@ def check_tied(name: str, entry: dict, rows: dict[str, Row]) -> Row:
 
 # %% ../../nbs/workshop/manifest.ipynb
 def check_table(
-    table: dict,
+    table: dict[str, Any],
     size: int,  # of the payload
     version: int,  # of the format
 ) -> dict[str, Row]:
@@ -560,7 +560,7 @@ def check_table(
 
     Parameters
     ----------
-    table : dict
+    table : dict[str, Any]
     size : int
         of the payload
     version : int
@@ -637,7 +637,9 @@ def check_readable(
         raise ValueError(f"this model, or what is said about it, cannot be saved: {e}") from None
 
 # %% ../../nbs/workshop/manifest.ipynb
-def read_manifest(f: BinaryIO) -> tuple[dict, dict[str, Row], Entry]:  # the manifest, its table, the payload's entry
+def read_manifest(
+    f: BinaryIO,
+) -> tuple[dict[str, Any], dict[str, Row], Entry]:  # the manifest, its table, the payload's entry
     """Everything that a file says about itself, checked; the payload is not read yet.
 
     Parameters
@@ -646,7 +648,7 @@ def read_manifest(f: BinaryIO) -> tuple[dict, dict[str, Row], Entry]:  # the man
 
     Returns
     -------
-    tuple[dict, dict[str, Row], Entry]
+    tuple[dict[str, Any], dict[str, Row], Entry]
         the manifest, its table, the payload's entry
     """
     text, payload = unseal(f)

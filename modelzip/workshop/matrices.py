@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from textwrap import wrap
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def _recurrent(layer):
 
 
 MATRICES: dict[
-    type | str, dict[str, int] | Callable
+    type | str, dict[str, int] | Callable[..., Any]
 ] = {  # class, or its full name → parameter → axis of the output channels; or a function of the layer
     **dict.fromkeys(
         (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d), {"weight": 0}
@@ -128,7 +129,7 @@ def _walk(module, name, above, found):  # no inner function: one that calls itse
             _walk(m, f"{name}.{k}".lstrip("."), above | {id(module)}, found)
 
 
-def identity_of(t: Tensor) -> tuple:
+def identity_of(t: Tensor) -> tuple[Any, ...]:
     "Equal for tensors that are one: the same object, or two that share all their memory."
     if is_lazy(t) or t.is_meta or not t.numel():
         return ("object", id(t))
@@ -201,7 +202,7 @@ class Matrix:
         name of the parameter
     axis : int
         of the output channels
-    options : dict
+    options : dict[str, Any]
         the caller's defaults and what overrides say
     """
 
@@ -209,7 +210,7 @@ class Matrix:
     owner: nn.Module  # the layer
     key: str  # name of the parameter
     axis: int  # of the output channels
-    options: dict  # the caller's defaults and what overrides say
+    options: dict[str, Any]  # the caller's defaults and what overrides say
 
     @property
     def name(self) -> str:
@@ -220,19 +221,19 @@ class Matrix:
         return self.owner._parameters[self.key]
 
     @property
-    def tie(self) -> tuple:
+    def tie(self) -> tuple[Any, ...]:
         return identity_of(self.weight)
 
 # %% ../../nbs/workshop/matrices.ipynb
 def choose_matrices(
     model: nn.Module,
     overrides: (
-        Mapping | Callable | None
+        Mapping[str, Any] | Callable[[str, nn.Module], Any] | None
         # by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule
         # (name of the layer, layer) → options or None
     ) = None,
-    layers: tuple | None = None,  # classes of layers; None: all that `MATRICES` knows
-    default: Mapping | None = None,  # options of all
+    layers: tuple[type, ...] | None = None,  # classes of layers; None: all that `MATRICES` knows
+    default: Mapping[str, Any] | None = None,  # options of all
 ) -> list[Matrix]:  # in the model's order
     """What is to be compressed. `ValueError` for a pattern that matches nothing, for tied tensors with different
     options, for a matrix that is no plain parameter (see `computed`) unless it is left alone, and when nothing is
@@ -241,12 +242,12 @@ def choose_matrices(
     Parameters
     ----------
     model : nn.Module
-    overrides : Mapping | Callable | None, default None
+    overrides : Mapping[str, Any] | Callable[[str, nn.Module], Any] | None, default None
         by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule
         (name of the layer, layer) → options or None
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of layers; None: all that `MATRICES` knows
-    default : Mapping | None, default None
+    default : Mapping[str, Any] | None, default None
         options of all
 
     Returns
@@ -294,7 +295,7 @@ def choose_matrices(
     return chosen
 
 
-RIVALS = {
+RIVALS: dict[Any, Any] = {
     "bits": ("levels", "step", "codebook"),
     "levels": ("bits", "step", "codebook"),
     "step": ("bits", "levels", "codebook"),
@@ -304,7 +305,7 @@ RIVALS = {
 }  # each says the same as those behind it
 
 
-def combined(default: Mapping, how: Mapping) -> dict:
+def combined(default: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
     """Options of all, and those of one matrix, which win: also over what says the same in other words, such as
     `levels` where `bits` are given."""
     gone = {r for k, v in how.items() if v is not None for r in RIVALS.get(k, ()) if r in default and r not in how}
@@ -339,7 +340,9 @@ def _nothing(known, layers, overrides):
     return f"model has no layer to quantize; it may have {', '.join(may)}"
 
 # %% ../../nbs/workshop/matrices.ipynb
-def option_rule(model, overrides, known):
+def option_rule(
+    model: nn.Module, overrides: Mapping[str, Any] | Callable[[str, nn.Module], Any] | None, known: Any
+) -> Callable[..., Any]:
     "(layer, its names, key) → its options, or None."
     if overrides is None:
         return lambda m, names, key: {}
@@ -481,7 +484,7 @@ def held_beside(
 
 def left_behind(
     model: nn.Module,  # in which layers and tensors were exchanged
-    before: tuple,  # `held_beside` of what it was
+    before: tuple[Any, ...],  # `held_beside` of what it was
 ) -> str | None:
     """What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an
     object, a bound method.
@@ -490,7 +493,7 @@ def left_behind(
     ----------
     model : nn.Module
         in which layers and tensors were exchanged
-    before : tuple
+    before : tuple[Any, ...]
         `held_beside` of what it was
     """
     places, ties = before

@@ -10,6 +10,7 @@ __all__ = ['DENSE', 'SPARSE', 'SPACED', 'ANCHORS', 'SMALL', 'REFERENCES', 'Menu'
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -28,14 +29,14 @@ from .widths import Widths, widths_of
 
 # %% ../../nbs/workshop/menu.ipynb
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
-SPARSE = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
+SPARSE: list[dict[str, Any]] = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
 # with data to calibrate on: one step for the whole tensor, as what counts is the entropy of its codes; half a bit apart
 SPACED = [{"spacing": s} for s in (4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.03)]
 # between these, bytes and errors of the others are told, unless tensors are small and sizes go by leaps
 ANCHORS = [{"spacing": s} for s in (4.0, 2.0, 1.0, 0.5, 0.125, 0.03)]
 SMALL = 1 << 18  # weights of a model in which tensors may be small
 # at which the output's change is measured (with data or without); for other options it follows from their own errors
-REFERENCES = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
+REFERENCES: dict[str, Any] = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Menu:
         name
     weights : dict[str, int]
         how many numbers it has
-    options : list[dict]
+    options : list[dict[str, Any]]
         {"bits", "group", "sparsity"} or {"spacing"}
     bytes : list[list[float]]
         [tensors][options], in a file
@@ -59,19 +60,21 @@ class Menu:
         what the output makes of the tensor alone, at 3 to 4 bits
     parts : Widths | None, default field(default=None, repr=False)
         what it was measured on, while a search needs it
-    ties : dict[str, tuple], default field(default_factory=dict, repr=False)
+    ties : dict[str, tuple[Any, ...]], default field(default_factory=dict, repr=False)
         name of a tensor → what the parts call it
     """
 
     # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
     layers: dict[str, list[str]]
     weights: dict[str, int]  # how many numbers it has
-    options: list[dict]  # {"bits", "group", "sparsity"} or {"spacing"}
+    options: list[dict[str, Any]]  # {"bits", "group", "sparsity"} or {"spacing"}
     bytes: list[list[float]]  # [tensors][options], in a file
     errors: list[list[float]]  # [tensors][options], relative squared error of the output
     sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 3 to 4 bits
     parts: Widths | None = field(default=None, repr=False)  # what it was measured on, while a search needs it
-    ties: dict[str, tuple] = field(default_factory=dict, repr=False)  # name of a tensor → what the parts call it
+    ties: dict[str, tuple[Any, ...]] = field(
+        default_factory=dict, repr=False
+    )  # name of a tensor → what the parts call it
 
     def pick(self, budget: float) -> list[int]:
         return allocate(self.bytes, self.errors, budget)
@@ -144,7 +147,7 @@ def _numbers(model):
     return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
 
 # %% ../../nbs/workshop/menu.ipynb
-def expected_change(error, known, energy=1.0):
+def expected_change(error: float, known: Any, energy: float = 1.0) -> float:
     """Change of the output at a tensor's error, from two pairs (error, change), the larger first. A reference that
     is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for both; if both are,
     the tensor's energy is the measure.
@@ -186,7 +189,7 @@ def menu_of(
     model: nn.Module,
     # batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
     samples: Samples,
-    options: list[dict],  # on offer
+    options: list[dict[str, Any]],  # on offer
     progress: bool = False,  # show a bar
 ) -> Menu:
     """Measure what each option takes in a file, and estimate what it does to the output.
@@ -196,7 +199,7 @@ def menu_of(
     model : nn.Module
     samples : Samples
         batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
-    options : list[dict]
+    options : list[dict[str, Any]]
         on offer
     progress : bool, default False
         show a bar
@@ -285,7 +288,7 @@ def _some(batches, most=4):
     return batches[:: math.ceil(len(batches) / most)]
 
 # %% ../../nbs/workshop/menu.ipynb
-def describe_option(option: dict) -> str:
+def describe_option(option: dict[str, Any]) -> str:
     "In words."
     if "spacing" in option:
         return f"spacing {option['spacing']:g}"

@@ -40,7 +40,10 @@ class Labelled(NamedTuple):
 class Inputs:
     "Exactly the arguments that a model is called with."
 
-    def __init__(self, *args, **kwargs):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any):
         self.args, self.kwargs = args, kwargs
 
     def __repr__(self) -> str:
@@ -146,7 +149,7 @@ def feed(
     # a tensor; a dict of named arguments; `Inputs`; `Labelled`; a tuple or list: the arguments that `forward` needs,
     # then labels
     batch: Any,
-    forward: Callable | None = None,  # whose arguments count; None: the model's own `forward`
+    forward: Callable[..., Any] | None = None,  # whose arguments count; None: the model's own `forward`
 ) -> Any:  # what the model puts out
     """Call a model with a batch. Labels, and names that `forward` does not know, are left out. `ValueError` for a
     tuple that may be arguments or labels: name them in a dict, or say `Inputs(…)` or `Labelled(inputs, labels)`.
@@ -158,7 +161,7 @@ def feed(
     batch : Any
         a tensor; a dict of named arguments; `Inputs`; `Labelled`; a tuple or list: the arguments that `forward`
         needs, then labels
-    forward : Callable | None, default None
+    forward : Callable[..., Any] | None, default None
         whose arguments count; None: the model's own `forward`
 
     Returns
@@ -268,16 +271,16 @@ def labelled(
 
 # %% ../../nbs/workshop/models.ipynb
 def as_batches(
-    batches: Iterable | Split,  # of what `feed` takes
+    batches: Iterable[Any] | Split,  # of what `feed` takes
     size: int = 64,  # examples a batch, of a `Split`
     name: str = "batches",  # what the caller's argument is called
-) -> Iterable:  # the same, for as many passes as one likes
+) -> Iterable[Any]:  # the same, for as many passes as one likes
     """Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row
     by row.
 
     Parameters
     ----------
-    batches : Iterable | Split
+    batches : Iterable[Any] | Split
         of what `feed` takes
     size : int, default 64
         examples a batch, of a `Split`
@@ -286,7 +289,7 @@ def as_batches(
 
     Returns
     -------
-    Iterable
+    Iterable[Any]
         the same, for as many passes as one likes
     """
     if isinstance(batches, Split):
@@ -731,7 +734,7 @@ def recomputed(model: nn.Module) -> dict[int, Tensor]:  # `id` → what may stan
 
 def copied(
     model: nn.Module,  # it is left as it is
-    memo: dict | None = None,  # `id` → what stands for it in the copy, as in `copy.deepcopy`
+    memo: dict[int, Any] | None = None,  # `id` → what stands for it in the copy, as in `copy.deepcopy`
     checked: bool = False,  # `check_ordinary` has seen it
 ) -> nn.Module:  # a copy that computes with its own numbers
     """A deep copy, also of models in which a hook computes a weight. `ValueError` that names the module which
@@ -741,7 +744,7 @@ def copied(
     ----------
     model : nn.Module
         it is left as it is
-    memo : dict | None, default None
+    memo : dict[int, Any] | None, default None
         `id` → what stands for it in the copy, as in `copy.deepcopy`
     checked : bool, default False
         `check_ordinary` has seen it

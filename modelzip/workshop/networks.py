@@ -7,6 +7,7 @@ __all__ = ['LeNet300', 'Attention', 'TransformerBlock', 'MiniLM', 'minilm']
 
 # %% ../../nbs/workshop/networks.ipynb
 from collections.abc import Sequence
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +48,30 @@ class LeNet300(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        fc1: nn.Linear
+        fc2: nn.Linear
+        fc3: nn.Linear
+
 # %% ../../nbs/workshop/networks.ipynb
 class Attention(SettingsInState, nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how
     many heads it has; one of another number is refused."""
 
-    in_state = ("heads",)
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+
+    in_state: tuple[str, ...] = ("heads",)
 
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def check_settings(self, heads):
+    def check_settings(self, heads: int) -> None:
         if heads != self.heads:
             raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
@@ -87,6 +99,10 @@ class Attention(SettingsInState, nn.Module):
         """
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        heads: int
+
 # %% ../../nbs/workshop/networks.ipynb
 class TransformerBlock(nn.Module):
     """One layer of BERT (Devlin et al. 2018, arXiv:1810.04805): attention, then two dense layers, each added to its
@@ -101,6 +117,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.attention_norm(x + self.attention(x, mask))
         return self.norm(x + self.down(F.gelu(self.up(x))))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        attention: Attention
+        attention_norm: nn.LayerNorm
+        up: nn.Linear
+        down: nn.Linear
+        norm: nn.LayerNorm
 
 # %% ../../nbs/workshop/networks.ipynb
 class MiniLM(nn.Module):
@@ -139,6 +163,25 @@ class MiniLM(nn.Module):
         weight = mask[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        words: nn.Embedding
+        positions: nn.Embedding
+        types: nn.Embedding
+        norm: nn.LayerNorm
+        blocks: nn.ModuleList
+        pooler: nn.Linear
+
+        def encode(self, texts: Sequence[str], batch_size: int = 32, progress: bool = False) -> Tensor:
+            """Embed texts. They are batched by length, so that little is spent on padding, and come back in their own
+            order."""
+            ...
+
+        @property
+        def tokenizer(self) -> Any:
+            "Cuts texts into word pieces."
+            ...
+
 # %% ../../nbs/workshop/networks.ipynb
 @patch
 @torch.inference_mode()
@@ -173,7 +216,7 @@ def encode(
 
 
 @patch(as_prop=True)
-def tokenizer(self: MiniLM):
+def tokenizer(self: MiniLM) -> Any:
     "Cuts texts into word pieces."
     return minilm_tokenizer()
 

@@ -7,6 +7,7 @@ __all__ = ['kl_after_quantizing', 'divergences', 'Entropy', 'short_group', 'obse
 
 # %% ../../nbs/workshop/observers.ipynb
 import math
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Entropy(MinMax):
             raise ValueError(f"bins is {bins}; it may be 256 or more")
         self.bins = bins
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if symmetric and levels == 2:
             return mean_magnitude(blocks)
         unit, codes = unit_of_blocks(blocks), max(2, (levels - 1) // 2 + 1)
@@ -119,6 +120,10 @@ class Entropy(MinMax):
         counts = torch.zeros(len(x), self.bins, dtype=x.dtype, device=x.device)
         counts.scatter_add_(1, places, torch.ones_like(x))
         return top[:, 0] * tries[divergences(counts, codes, tries).argmin(1)] / self.bins
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bins: int
 
 
 OBSERVERS["entropy"] = Entropy
@@ -146,7 +151,7 @@ def short_group(
 def observe(
     blocks: Tensor,
     extremes: tuple[Tensor, Tensor],  # least and greatest value of each block
-    observer,  # a name in `OBSERVERS`, or a callable
+    observer: Any,  # a name in `OBSERVERS`, or a callable
     levels: int,
     symmetric: bool,
     wide: torch.dtype,  # of the arithmetic
@@ -159,7 +164,7 @@ def observe(
     blocks : Tensor
     extremes : tuple[Tensor, Tensor]
         least and greatest value of each block
-    observer
+    observer : Any
         a name in `OBSERVERS`, or a callable
     levels : int
     symmetric : bool
@@ -186,7 +191,9 @@ def observe(
     return scale_and_zero_point(low.to(wide), high.to(wide), levels, symmetric)
 
 
-def _of_values_alone(observer, blocks: Tensor, levels: int, symmetric: bool, short: tuple | None) -> tuple:
+def _of_values_alone(
+    observer, blocks: Tensor, levels: int, symmetric: bool, short: tuple[Any, ...] | None
+) -> tuple[Any, ...]:
     "What an observer says of the values alone, not of what fills up the last group of each row."
     if short is None:
         return observer(blocks, levels, symmetric)

@@ -7,7 +7,7 @@ __all__ = ['attention_nodes', 'translations', 'AttentionHole', 'OpenAttentionHol
            'spell_out']
 
 # %% ../../nbs/workshop/onnx_attention.ipynb
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def _mask_nodes(op, mask):
     return op.Max(mask, least), op.Cast(seen, to=1)
 
 
-def translations() -> dict:
+def translations() -> dict[Any, Any]:
     "What `torch.onnx.export` is told about operations that it would write otherwise."
     return {torch.ops.aten.scaled_dot_product_attention.default: attention_nodes}
 
@@ -75,7 +75,9 @@ def translations() -> dict:
 class AttentionHole(StaticAttention):
     "Stands in for an attention in integers whose four layers may be holes, too."
 
-    def __init__(self, number: int, layer: StaticAttention, layers: dict):
+    training: bool
+
+    def __init__(self, number: int, layer: StaticAttention, layers: dict[Any, Any]):
         torch.nn.Module.__init__(self)
         self.__dict__ |= {k: getattr(layer, k) for k in layer.in_state}
         self.number, self._modules, self.training = number, layers, layer.training
@@ -93,12 +95,16 @@ class AttentionHole(StaticAttention):
     def extra_repr(self) -> str:
         return f"number {self.number}"
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        number: int
+
 
 class OpenAttentionHole(AttentionHole, StaticOpenAttention):
     "The same, called as `nn.MultiheadAttention` is."
 
 
-def attention_hole(number: int, layer: StaticAttention, layers: dict) -> AttentionHole:
+def attention_hole(number: int, layer: StaticAttention, layers: dict[Any, Any]) -> AttentionHole:
     "A hole that is called as the layer is."
     return (OpenAttentionHole if isinstance(layer, StaticOpenAttention) else AttentionHole)(number, layer, layers)
 

@@ -40,7 +40,7 @@ def stored_bytes(
 def written(
     onnx: Any,  # the package
     proto: Any,  # onnx.ModelProto; its large tensors may be moved out of it
-    path: str | os.PathLike,  # where the file appears when the block ends without an exception
+    path: str | os.PathLike[str],  # where the file appears when the block ends without an exception
 ) -> Iterator[
     bytes | Path
 ]:  # the file's content, or the path of a draft where it is too large: to be checked in the block
@@ -53,7 +53,7 @@ def written(
         the package
     proto : Any
         onnx.ModelProto; its large tensors may be moved out of it
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         where the file appears when the block ends without an exception
 
     Returns
@@ -76,7 +76,7 @@ def written(
 
 @contextmanager
 def together(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *beside: str,  # names of other files of its folder
 ) -> Iterator[Path]:  # a folder to write all of them in
     """Files that appear when the block ends without an exception, each whole, `path` as the last. `OSError` names
@@ -84,7 +84,7 @@ def together(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
     *beside : str
         names of other files of its folder
 
@@ -127,12 +127,13 @@ def _move_out(onnx, proto, path):
 @torch.no_grad()
 def disagreement(
     model: nn.Module,  # left as it is, random numbers too
-    run: Callable,  # what computes the same, from the same tensors
-    example: tuple,  # of tensors
-    free: tuple,  # for each of them its free dimensions by name
+    run: Callable[..., Any],  # what computes the same, from the same tensors
+    example: tuple[Tensor, ...],  # of tensors
+    free: tuple[dict[int, str], ...],  # for each of them its free dimensions by name
     tolerance: float = 0.01,  # of the norm of an output's difference, relative to the output's
     engine: str = "ONNX Runtime",  # what computes, for the error
-    sizes: dict | None = None,  # name of a free dimension → least and largest size for which the graph is right
+    sizes: dict[str, Any]
+    | None = None,  # name of a free dimension → least and largest size for which the graph is right
     strict: bool = False,  # an engine that fails where the model does not is an error, for other sizes too
 ) -> float | None:  # the largest relative difference above the tolerance; None: there is none
     """How far the outputs of a file are from those of its model.
@@ -141,17 +142,17 @@ def disagreement(
     ----------
     model : nn.Module
         left as it is, random numbers too
-    run : Callable
+    run : Callable[..., Any]
         what computes the same, from the same tensors
-    example : tuple
+    example : tuple[Tensor, ...]
         of tensors
-    free : tuple
+    free : tuple[dict[int, str], ...]
         for each of them its free dimensions by name
     tolerance : float, default 0.01
         of the norm of an output's difference, relative to the output's
     engine : str, default 'ONNX Runtime'
         what computes, for the error
-    sizes : dict | None, default None
+    sizes : dict[str, Any] | None, default None
         name of a free dimension → least and largest size for which the graph is right
     strict : bool, default False
         an engine that fails where the model does not is an error, for other sizes too

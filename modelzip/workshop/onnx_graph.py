@@ -7,8 +7,8 @@ __all__ = ['Graph', 'store_tensor', 'store_codes', 'store_float', 'store_number'
            'dequantized', 'reshaped']
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,18 @@ class Graph:
     """Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored
     again, and no two have one name."""
 
-    def __init__(self, onnx, taken=(), shapes=None):
+    nodes: list[Any]
+    stored: dict[str, Any]
+    domains: set[str]
+    known: dict[Any, Any]
+    taken: set[str]
+    shapes: dict[str, Any]
+
+    def __init__(self, onnx: Any, taken: Iterable[str] = (), shapes: dict[str, Any] | None = None):
         self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
         self.shapes = shapes or {}  # of values that the exporter knows: name → sizes, None for a free one
 
-    def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes) -> Any:
+    def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         "A node; returns the name of its output, or a list of names."
         names = [f"modelzip.{op}.{len(self.nodes)}" + (f".{i}" if outputs > 1 else "") for i in range(outputs)]
         self.nodes.append(self.onnx.helper.make_node(op, list(inputs), names, domain=domain, **attributes))
@@ -32,7 +39,7 @@ class Graph:
             self.domains.add(domain)
         return names if outputs > 1 else names[0]
 
-    def once(self, key: tuple, make: Callable) -> Any:
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         "What `make` returned when this key was first seen."
         if key not in self.known:
             self.known[key] = make()
@@ -46,6 +53,10 @@ class Graph:
             tensor.name = f"{wanted}.{i}"
         self.stored.setdefault(tensor.name, tensor)
         return tensor.name
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        onnx: Any
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 def store_tensor(g: Graph, name: str, value: Tensor) -> str:  # its name in the graph
@@ -128,7 +139,7 @@ def store_number(g: Graph, value: float, dtype: torch.dtype = torch.float32) -> 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 def affine_parts(
     q: QTensor,  # no codebook
-) -> tuple:  # codes, scale, zero point, bits
+) -> tuple[Any, ...]:  # codes, scale, zero point, bits
     """Codes, scale and zero point (integers) with value = scale·(code − zero), and the bits that they need.
 
     Parameters
@@ -138,7 +149,7 @@ def affine_parts(
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         codes, scale, zero point, bits
     """
     codes, zero = q.unpack().int(), q.zero_point
@@ -186,7 +197,7 @@ def dequantized(
     scale: Tensor,
     zero: Tensor,
     bits: int,  # of a code
-    how: dict,  # attributes of DequantizeLinear: axis, block_size
+    how: dict[str, Any],  # attributes of DequantizeLinear: axis, block_size
 ) -> str:
     """Stored codes behind a DequantizeLinear.
 
@@ -200,7 +211,7 @@ def dequantized(
     zero : Tensor
     bits : int
         of a code
-    how : dict
+    how : dict[str, Any]
         attributes of DequantizeLinear: axis, block_size
     """
     zero = store_codes(g, name + ".zero_point", zero, bits)
@@ -213,7 +224,7 @@ def dequantized(
     )
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-def reshaped(g: Graph, name: str, w: str, shape: tuple) -> str:
+def reshaped(g: Graph, name: str, w: str, shape: tuple[int, ...]) -> str:
     "A tensor in another shape."
     return g.add("Reshape", w, store_tensor(g, name + ".shape", torch.tensor(list(shape))))
 

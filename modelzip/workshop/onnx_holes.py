@@ -7,6 +7,7 @@ __all__ = ['with_holes']
 
 # %% ../../nbs/workshop/onnx_holes.ipynb
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,7 +117,7 @@ def _is_whole(model, name, m):
 def with_holes(
     model: nn.Module,
     bare: bool = False,  # also one without compressed layers
-) -> tuple[nn.Module, list]:
+) -> tuple[nn.Module, list[Any]]:
     """A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of
     weights and their layers.
 

@@ -6,6 +6,7 @@
 __all__ = ['GATES', 'RecurrentHole', 'recurrent_nodes']
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +15,25 @@ from .matrices import unwrapped
 from .onnx_graph import Graph, expanded_weight, reshaped, store_tensor
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
-GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}  # ONNX's order of the gates, in places of PyTorch's
+GATES: dict[type, Any] = {
+    nn.LSTM: [0, 3, 1, 2],
+    nn.GRU: [1, 0, 2],
+    nn.RNN: [0],
+}  # ONNX's order of the gates, in places of PyTorch's
 
 
 class RecurrentHole(nn.Module):
     "Stands in for a recurrent layer; [length, batch, features] inside."
 
-    def __init__(self, number, layer):
+    states: int
+
+    def __init__(self, number: int, layer: nn.RNNBase):
         super().__init__()
         self.number, self.states = number, 1 + isinstance(layer, nn.LSTM)
         for a in "input_size", "hidden_size", "num_layers", "batch_first", "bidirectional":
             setattr(self, a, getattr(layer, a))
 
-    def forward(self, x, hx=None):
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
         if not isinstance(x, Tensor):
             raise ValueError(
                 f"a recurrent layer is given a {type(x).__name__}, which ONNX cannot say; it may be a tensor"
@@ -59,6 +66,10 @@ class RecurrentHole(nn.Module):
             shapes=shapes,
             version=1,
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        number: int
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
 def recurrent_nodes(

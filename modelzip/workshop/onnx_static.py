@@ -10,6 +10,7 @@ __all__ = ['ALONE', 'FEW_PIXELS', 'MONOTONE', 'times_columns', 'is_static', 'kno
 # %% ../../nbs/workshop/onnx_static.ipynb
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,9 @@ def known_input(
     x: str,  # what the layer reads
     layer: nn.Module,  # StaticLinear or StaticConv2d
     form: str,  # as what it is wanted: "codes", "values"
-) -> tuple[dict, tuple]:  # step, zero point and levels; what layers have in common that can share it
+) -> tuple[
+    dict[str, Any], tuple[Any, ...]
+]:  # step, zero point and levels; what layers have in common that can share it
     """What is known of an input.
 
     Parameters
@@ -51,7 +54,7 @@ def known_input(
 
     Returns
     -------
-    tuple[dict, tuple]
+    tuple[dict[str, Any], tuple[Any, ...]]
         step, zero point and levels; what layers have in common that can share it
     """
     how, columns = {"levels": 256} | layer.options(), layer.q.columns
@@ -86,7 +89,7 @@ def static_product(
     scale: Tensor,  # of the weight, one for each output
     layer: nn.Module,  # StaticLinear or StaticConv2d
     name: str,  # of what is stored
-    **how,  # attributes of the operation
+    **how: Any,  # attributes of the operation
 ) -> str:
     """Whole numbers, times one number for each output.
 
@@ -105,7 +108,7 @@ def static_product(
         StaticLinear or StaticConv2d
     name : str
         of what is stored
-    **how
+    **how : Any
         attributes of the operation
     """
     how_quantized = layer.options()
@@ -373,7 +376,7 @@ def round_early(
         outputs of the graph, and names that branches and loops read
     """
     made = {o: n for n in g.nodes for o in n.output}
-    readers: dict = {}
+    readers: dict[Any, Any] = {}
     for n in g.nodes:
         for i in n.input:
             readers.setdefault(i, []).append(n)

@@ -9,7 +9,7 @@ __all__ = ['seen_by', 'shown', 'weights_of', 'OpenAttention', 'why_closed', 'ope
 # %% ../../nbs/workshop/open_attention.ipynb
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class OpenAttention(Attention):
         of probabilities, while it trains
     """
 
-    in_state = ("heads", "batch_first")
+    in_state: tuple[str, ...] = ("heads", "batch_first")
     _qkv_same_embed_dim = False  # so that an encoder layer calls it
     in_proj_weight = in_proj_bias = bias_k = bias_v = None
 
@@ -138,7 +138,7 @@ class OpenAttention(Attention):
     def num_heads(self) -> int:
         return self.heads
 
-    def check_settings(self, batch_first, **more):
+    def check_settings(self, batch_first: bool, **more: Any) -> None:
         super().check_settings(**more)
         if not isinstance(batch_first, bool):
             raise ValueError(f"batch_first is {batch_first!r}; it may be True or False")
@@ -233,6 +233,12 @@ class OpenAttention(Attention):
         """
         return weights_of(q @ k.mT * q.shape[-1] ** -0.5, mask).to(q.dtype)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        width: int
+        batch_first: bool
+        dropout: float
+
 # %% ../../nbs/workshop/open_attention.ipynb
 def why_closed(m: nn.MultiheadAttention) -> str | None:  # None: it can be opened
     """Why an attention stays as it is.
@@ -282,7 +288,7 @@ def opened(m: nn.MultiheadAttention) -> OpenAttention:
 # %% ../../nbs/workshop/open_attention.ipynb
 def open_attention(
     model: nn.Module,  # it is left as it is
-    batches: Iterable = (),  # data on which the answers are compared, see `feed`
+    batches: Iterable[Any] = (),  # data on which the answers are compared, see `feed`
     names: Iterable[str] | None = None,  # of attentions; None: all that can be opened
 ) -> nn.Module:  # a copy in eval mode
     """Rewrite each `nn.MultiheadAttention` as an `OpenAttention`, exactly. `ValueError` where there is none, where
@@ -292,7 +298,7 @@ def open_attention(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable, default ()
+    batches : Iterable[Any], default ()
         data on which the answers are compared, see `feed`
     names : Iterable[str] | None, default None
         of attentions; None: all that can be opened
@@ -366,8 +372,8 @@ def differing(
 # %% ../../nbs/workshop/open_attention.ipynb
 def open_where(
     model: nn.Module,  # it is left as it is
-    batches: list,  # data on which the answers are compared
-    overrides: Mapping | None = None,  # by name or pattern: None leaves an attention alone
+    batches: list[Any],  # data on which the answers are compared
+    overrides: Mapping[str, Any] | None = None,  # by name or pattern: None leaves an attention alone
     attention: bool = True,  # False: none is wanted
 ) -> nn.Module:  # itself when nothing is opened
     """Open what integers are asked for in; a warning says what stays closed, and why.
@@ -376,9 +382,9 @@ def open_where(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         data on which the answers are compared
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern: None leaves an attention alone
     attention : bool, default True
         False: none is wanted

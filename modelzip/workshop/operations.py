@@ -31,12 +31,12 @@ SAME = {
 }
 
 # %% ../../nbs/workshop/operations.ipynb
-def name_of(f: Callable) -> str:  # "conv2d", "add" (also for add_, __add__ …), "T", "shape"
+def name_of(f: Callable[..., Any]) -> str:  # "conv2d", "add" (also for add_, __add__ …), "T", "shape"
     """The name of a function of PyTorch.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
 
     Returns
     -------
@@ -105,9 +105,9 @@ SIZED = (
 # %% ../../nbs/workshop/operations.ipynb
 def numbers_in(
     name: str,  # of a function
-    args: tuple,
-    kwargs: dict,
-) -> tuple:
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, ...]:
     """The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a
     constant as q/8.0.
 
@@ -115,8 +115,8 @@ def numbers_in(
     ----------
     name : str
         of a function
-    args : tuple
-    kwargs : dict
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
     """
     kinds = (float, complex, np.floating) if name in SIZED else (int, float, complex, np.number)
     return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))

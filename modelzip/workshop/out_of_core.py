@@ -139,7 +139,7 @@ def rounded(
 def joined(
     some: Iterator[QTensor],  # rows, in order
     part: Part,  # all of them
-) -> tuple[QTensor, set]:  # the tensor; types of its scales: if there are several, it has to be made anew
+) -> tuple[QTensor, set[torch.dtype]]:  # the tensor; types of its scales: if there are several, it has to be made anew
     """One tensor of its slices.
 
     Parameters
@@ -151,7 +151,7 @@ def joined(
 
     Returns
     -------
-    tuple[QTensor, set]
+    tuple[QTensor, set[torch.dtype]]
         the tensor; types of its scales: if there are several, it has to be made anew
     """
     codes, zeros, scales, first = None, [], [], 0
@@ -205,7 +205,7 @@ LAYER = {"layer": "Dequantize"}
 
 def made_pieces(
     opened: Opened,
-    table: dict[str, dict],  # gets the entries
+    table: dict[str, dict[str, Any]],  # gets the entries
     tied: dict[str, Any],  # name → what is the same for names of the same tensor
     archive: bool,
     make: Callable[[str], QTensor],
@@ -216,7 +216,7 @@ def made_pieces(
     Parameters
     ----------
     opened : Opened
-    table : dict[str, dict]
+    table : dict[str, dict[str, Any]]
         gets the entries
     tied : dict[str, Any]
         name → what is the same for names of the same tensor
@@ -265,12 +265,12 @@ def check_written(f: BinaryIO) -> None:
 # %% ../../nbs/workshop/out_of_core.ipynb
 def compress_weights(
     opened: Opened,  # weights alone, from any file
-    path: str | os.PathLike,  # the .mz file to write or replace
+    path: str | os.PathLike[str],  # the .mz file to write or replace
     bits: int | None = 8,  # width of a code
     group: int | None = None,  # weights that share a scale; None: one scale for each row
     archive: bool = True,  # entropy-coded; False: mapped
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
-    info: dict | None = None,  # what the file should say about itself
+    info: dict[str, Any] | None = None,  # what the file should say about itself
     tied: dict[str, Any] | None = None,  # of names of the same tensor: something that is the same for them
     done: Callable[[int], None] = lambda nbytes: None,  # told of bytes that were read
     any_will_do: bool = False,  # also of weights of which none is worth rounding
@@ -283,7 +283,7 @@ def compress_weights(
     ----------
     opened : Opened
         weights alone, from any file
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the .mz file to write or replace
     bits : int | None, default 8
         width of a code
@@ -293,7 +293,7 @@ def compress_weights(
         entropy-coded; False: mapped
     threads : int | None, default None
         that code side by side; None: as many as there are processors, at most 4
-    info : dict | None, default None
+    info : dict[str, Any] | None, default None
         what the file should say about itself
     tied : dict[str, Any] | None, default None
         of names of the same tensor: something that is the same for them
@@ -332,7 +332,7 @@ def compress_weights(
 def compress_shard(
     path: str,  # a safetensors file
     output: str,  # the .mz file to write
-    how: dict,  # of `compress_weights`
+    how: dict[str, Any],  # of `compress_weights`
 ) -> str:  # output
     """The job of a worker.
 
@@ -342,7 +342,7 @@ def compress_shard(
         a safetensors file
     output : str
         the .mz file to write
-    how : dict
+    how : dict[str, Any]
         of `compress_weights`
 
     Returns
@@ -357,26 +357,26 @@ def compress_shard(
 
 def copied(
     files: dict[str, BinaryIO],  # name of a tensor → the .mz file that holds it
-    known: dict[BinaryIO, tuple],  # what `read_manifest` says of each
-    table: dict[str, dict],  # gets the entries
+    known: dict[BinaryIO, tuple[Any, ...]],  # what `read_manifest` says of each
+    table: dict[str, dict[str, Any]],  # gets the entries
     order: list[str],  # of the names
-) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes, its alignment
+) -> Iterator[tuple[Piece, list[Any], int]]:  # the piece, its bytes, its alignment
     """The pieces of several files for one.
 
     Parameters
     ----------
     files : dict[str, BinaryIO]
         name of a tensor → the .mz file that holds it
-    known : dict[BinaryIO, tuple]
+    known : dict[BinaryIO, tuple[Any, ...]]
         what `read_manifest` says of each
-    table : dict[str, dict]
+    table : dict[str, dict[str, Any]]
         gets the entries
     order : list[str]
         of the names
 
     Returns
     -------
-    Iterator[tuple[Piece, list, int]]
+    Iterator[tuple[Piece, list[Any], int]]
         the piece, its bytes, its alignment
     """
     small = []
@@ -396,10 +396,10 @@ def copied(
 
 # %% ../../nbs/workshop/out_of_core.ipynb
 def compress_shards(
-    index: str | os.PathLike,  # model.safetensors.index.json
-    path: str | os.PathLike,  # the .mz file to write or replace; the workers' files lie beside it for a while
+    index: str | os.PathLike[str],  # model.safetensors.index.json
+    path: str | os.PathLike[str],  # the .mz file to write or replace; the workers' files lie beside it for a while
     executor: Executor,  # processes, or Dask's `Client.get_executor()`
-    info: dict | None = None,  # what the file should say about itself
+    info: dict[str, Any] | None = None,  # what the file should say about itself
     done: Callable[[int], None] = lambda nbytes: None,  # told of bytes that are finished
     **how: Any,  # of `compress_weights`
 ) -> Path:  # the path
@@ -407,13 +407,13 @@ def compress_shards(
 
     Parameters
     ----------
-    index : str | os.PathLike
+    index : str | os.PathLike[str]
         model.safetensors.index.json
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the .mz file to write or replace; the workers' files lie beside it for a while
     executor : Executor
         processes, or Dask's `Client.get_executor()`
-    info : dict | None, default None
+    info : dict[str, Any] | None, default None
         what the file should say about itself
     done : Callable[[int], None], default lambda nbytes: None
         told of bytes that are finished

@@ -8,7 +8,7 @@ __all__ = ['LAST', 'FLAT', 'NEUTRAL', 'Unproven', 'graphs_of', 'why_not', 'scala
 
 # %% ../../nbs/workshop/pairs.ipynb
 import inspect, operator, sys
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,10 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.read |= any(id(t) in self.ids for t in tree_leaves((args, kwargs)))
         return function(*args, **(kwargs or {}))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        read: bool
 
 # %% ../../nbs/workshop/pairs.ipynb
 def graphs_of(
@@ -249,7 +253,7 @@ def why_not(
     graphs: list[fx.Graph],  # of `graphs_of`
     first: str,  # name of a layer
     second: str,  # and of the one that reads it
-    holders: dict | None = None,  # of `_holders`, when it is asked for often
+    holders: dict[Any, Any] | None = None,  # of `_holders`, when it is asked for often
 ) -> str | None:  # what speaks against trading factors between them; None: nothing
     """Check a pair of layers.
 
@@ -263,7 +267,7 @@ def why_not(
         name of a layer
     second : str
         and of the one that reads it
-    holders : dict | None, default None
+    holders : dict[Any, Any] | None, default None
         of `_holders`, when it is asked for often
 
     Returns

@@ -10,7 +10,7 @@ import functools, os, pickle, tempfile, warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 # %% ../../nbs/workshop/parcels.ipynb
 class Parcel:
@@ -18,6 +18,10 @@ class Parcel:
 
     def __init__(self, path: str):
         self.path = path
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        path: str
 
 
 @functools.lru_cache(1)
@@ -28,7 +32,7 @@ def _opened(path):
 
 def received(
     what: Any,  # of `sent_once`
-) -> tuple:  # the things
+) -> tuple[Any, ...]:  # the things
     """The things themselves, in a worker; a process opens what it was sent last only once.
 
     Parameters
@@ -38,7 +42,7 @@ def received(
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         the things
     """
     return _opened(what.path) if isinstance(what, Parcel) else what
@@ -47,14 +51,14 @@ def received(
 @contextmanager
 def sent_once(
     executor: Executor | None,
-    things: tuple,  # what all jobs read, and none changes
+    things: tuple[Any, ...],  # what all jobs read, and none changes
 ) -> Iterator[Any]:  # an argument for jobs, which call `received` with it
     """Send things to the workers of an executor. The block has to last until the last job is done.
 
     Parameters
     ----------
     executor : Executor | None
-    things : tuple
+    things : tuple[Any, ...]
         what all jobs read, and none changes
 
     Returns

@@ -15,14 +15,14 @@ from .units import parse_granularity, units
 # %% ../../nbs/workshop/penalties.ipynb
 def l1_penalty(
     model: nn.Module,
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
 ) -> Tensor:  # scalar, with a gradient
     """Σ|w| over all weights (not biases).
 
     Parameters
     ----------
     model : nn.Module
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes
 
     Returns
@@ -36,7 +36,7 @@ def l1_penalty(
 def group_lasso(
     model: nn.Module,
     granularity: str = "row",  # 'row', 'column', 'kernel' or blocks
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
 ) -> Tensor:  # scalar, with a gradient
     """Σ √n·‖w_u‖₂ over units of n weights (Yuan & Lin 2006; for networks Wen et al. 2016, arXiv:1608.03665).
 
@@ -45,7 +45,7 @@ def group_lasso(
     model : nn.Module
     granularity : str, default 'row'
         'row', 'column', 'kernel' or blocks
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes
 
     Returns

@@ -25,7 +25,7 @@ def encode_lz77(data: bytes) -> bytes:
     return bytes(out)
 
 # %% ../../nbs/workshop/phrases.ipynb
-def tokens_of(body: bytes) -> Iterator:
+def tokens_of(body: bytes) -> Iterator[tuple[int, ...]]:
     "The tokens of a body, one after the other."
     at = 0
     while at < len(body):

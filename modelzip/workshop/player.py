@@ -45,7 +45,7 @@ def too_much(
 
 
 @contextmanager
-def naming(f: Callable, values: dict) -> Iterator[None]:
+def naming(f: Callable[..., Any], values: dict[str, Any]) -> Iterator[None]:
     "Add to an error which arguments led to it."
     try:
         yield
@@ -56,17 +56,17 @@ def naming(f: Callable, values: dict) -> Iterator[None]:
 
 # %% ../../nbs/workshop/player.ipynb
 def table(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     form: str = "png",  # how figures are drawn
     limit: int = MAX_BYTES,  # bytes that the different frames may take together
-    ready: dict = {},  # frames that are there already, by the controls' positions
+    ready: dict[Any, Any] = {},  # frames that are there already, by the controls' positions
 ) -> tuple[list[str], list[int]]:  # the different frames, and for every combination which of them it shows
     """Call `f` once for every combination; frames that look the same are kept once.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -74,7 +74,7 @@ def table(
         how figures are drawn
     limit : int, default MAX_BYTES
         bytes that the different frames may take together
-    ready : dict, default {}
+    ready : dict[Any, Any], default {}
         frames that are there already, by the controls' positions
 
     Returns

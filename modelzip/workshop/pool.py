@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 import torch
@@ -31,7 +31,7 @@ class Pool:
 
     Parameters
     ----------
-    model : nn.Module | Callable | str | os.PathLike
+    model : nn.Module | Callable[..., Any] | str | os.PathLike[str]
         a module (tensors are shared), a `.mz` file, a function of a batch
     workers : int | None, default None
         None: the file's, at most one a core, else as many as workers × intra_op = cores
@@ -47,14 +47,16 @@ class Pool:
         answers have the bits of serial ones; False: only close. None: the file's, else True
     processes : bool | None, default None
         each worker has an interpreter of its own; None: the file's, else False
-    collate : Callable | None, default None
+    collate : Callable[[list[Any]], Any] | None, default None
         makes a batch of a list of samples (with exact=False); None: stacks equal shapes
     """
+
+    settings: dict[str, Any]
 
     def __init__(
         self,
         model: (
-            nn.Module | Callable | str | os.PathLike
+            nn.Module | Callable[..., Any] | str | os.PathLike[str]
         ),  # a module (tensors are shared), a `.mz` file, a function of a batch
         workers: int | None = None,  # None: the file's, at most one a core, else as many as workers × intra_op = cores
         *,
@@ -71,7 +73,7 @@ class Pool:
         ) = None,  # answers have the bits of serial ones; False: only close. None: the file's, else True
         processes: bool | None = None,  # each worker has an interpreter of its own; None: the file's, else False
         collate: (
-            Callable | None
+            Callable[[list[Any]], Any] | None
         ) = None,  # makes a batch of a list of samples (with exact=False); None: stacks equal shapes
     ):
         given = dict(
@@ -91,8 +93,55 @@ class Pool:
         self._line.watch.fail = functools.partial(begin, counts=self._counts)
         weakref.finalize(self, abandon, self._line, self._pid).atexit = False
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def submit(self, x: Any, *, timeout: float | None = None, wait: float | None = None) -> Future:
+            """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,
+            which must not wait, awaits `asubmit`."""
+            ...
+
+        def _request(self, x: Any, timeout: float | None) -> Request:
+            "What is put in line for a sample."
+            ...
+
+        def _inside(self) -> bool:
+            ...
+
+        def __call__(self, x: Any, timeout: float | None = None) -> Any:
+            "Hand in a request and wait for its answer."
+            ...
+
+        def map(self, xs: Iterable[Any], timeout: float | None = None) -> list[Any]:
+            "Answers to many samples. The first error is raised; what has not begun by then is cancelled."
+            ...
+
+        def close(self, wait: bool = True, cancel: bool = False, timeout: float | None = None) -> None:
+            """Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it
+            leaves the pool to the original. `TimeoutError` when a thread has not come back from the model in time."""
+            ...
+
+        def __exit__(self, kind: type | None, *error: Any) -> None:
+            "The end of a `with` block: after an error (or Ctrl-C) what has not begun is cancelled."
+            ...
+
+        def __enter__(self) -> Pool:
+            ...
+
+        @property
+        def stats(self) -> PoolStats:
+            "Counts, as a `PoolStats`."
+            ...
+
+        @property
+        def pids(self) -> list[int]:
+            "Process ids of the workers; none with threads."
+            ...
+
+        def __repr__(self) -> str:
+            ...
+
 # %% ../../nbs/workshop/pool.ipynb
-def make_runners(model: Any, settings: dict, collate: Callable | None) -> list:
+def make_runners(model: Any, settings: dict[str, Any], collate: Callable[[list[Any]], Any] | None) -> list[Any]:
     "What the workers call: a runner for each thread, with the same tensors, or one in each process."
     if settings["processes"]:
         return start_processes(model, settings, collate)
@@ -215,21 +264,21 @@ async def asubmit(
 @patch
 def map(
     self: Pool,
-    xs: Iterable,  # samples, as for `submit`
+    xs: Iterable[Any],  # samples, as for `submit`
     timeout: float | None = None,  # seconds for each of them
-) -> list:  # answers in the same order
+) -> list[Any]:  # answers in the same order
     """Answers to many samples. The first error is raised; what has not begun by then is cancelled.
 
     Parameters
     ----------
-    xs : Iterable
+    xs : Iterable[Any]
         samples, as for `submit`
     timeout : float | None, default None
         seconds for each of them
 
     Returns
     -------
-    list
+    list[Any]
         answers in the same order
     """
     if self._inside():
@@ -349,7 +398,7 @@ def __repr__(self: Pool) -> str:
 
 # %% ../../nbs/workshop/pool.ipynb
 def through(
-    make: Callable,  # model → something with `submit` and `close`, and one worker
+    make: Callable[[Any], Any],  # model → something with `submit` and `close`, and one worker
     *numbers: float,  # one sample each, handed in while the worker is busy with another
     cancel: Iterable[int] = (),  # places of those that are cancelled before the gate opens
 ) -> tuple[list[float], list[bool]]:  # the numbers that the model was given, and for each whether it was answered
@@ -357,7 +406,7 @@ def through(
 
     Parameters
     ----------
-    make : Callable
+    make : Callable[[Any], Any]
         model → something with `submit` and `close`, and one worker
     *numbers : float
         one sample each, handed in while the worker is busy with another

@@ -18,7 +18,7 @@ from .deadlines import checked_count, checked_seconds
 from .intra_op import cores
 
 # %% ../../nbs/workshop/pool_settings.ipynb
-POOL_SETTINGS = {
+POOL_SETTINGS: dict[str, Any] = {
     "workers": None,
     "max_batch": 32,
     "max_wait": None,
@@ -30,18 +30,18 @@ POOL_SETTINGS = {
 
 
 def pool_settings(
-    given: Mapping | None = None,  # any of `POOL_SETTINGS`
-) -> dict:  # the same, checked
+    given: Mapping[str, Any] | None = None,  # any of `POOL_SETTINGS`
+) -> dict[str, Any]:  # the same, checked
     """Check settings of a pool. `ValueError` or `TypeError` names the one that is wrong.
 
     Parameters
     ----------
-    given : Mapping | None, default None
+    given : Mapping[str, Any] | None, default None
         any of `POOL_SETTINGS`
 
     Returns
     -------
-    dict
+    dict[str, Any]
         the same, checked
     """
     known = ", ".join(POOL_SETTINGS)
@@ -64,7 +64,7 @@ def _check_setting(name: str, value: Any) -> None:
         checked_count(value, name, most=math.inf if name == "queue_size" else 1024)
 
 # %% ../../nbs/workshop/pool_settings.ipynb
-def merged_settings(model: Any, given: dict, collate: Callable | None) -> dict:
+def merged_settings(model: Any, given: dict[str, Any], collate: Callable[[list[Any]], Any] | None) -> dict[str, Any]:
     """Settings: what the caller gives, else what the file says (of workers and threads at most four for each core),
     else the usual."""
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
@@ -92,9 +92,9 @@ def merged_settings(model: Any, given: dict, collate: Callable | None) -> dict:
 # %% ../../nbs/workshop/pool_settings.ipynb
 def save_multi_threaded_model(
     model: nn.Module,  # any model
-    path: str | os.PathLike,  # the file to write or replace, usually *.mz
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.mz
     threads: int | None = None,  # that code tensors side by side; None: as many as there are processors, at most 4
-    pool: Mapping | None = None,  # settings for `Pool(path)`, any of `POOL_SETTINGS`
+    pool: Mapping[str, Any] | None = None,  # settings for `Pool(path)`, any of `POOL_SETTINGS`
     **info: Any,  # what else the file should say, as for `save`
 ) -> Path:  # the path
     """Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and
@@ -104,11 +104,11 @@ def save_multi_threaded_model(
     ----------
     model : nn.Module
         any model
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.mz
     threads : int | None, default None
         that code tensors side by side; None: as many as there are processors, at most 4
-    pool : Mapping | None, default None
+    pool : Mapping[str, Any] | None, default None
         settings for `Pool(path)`, any of `POOL_SETTINGS`
     **info : Any
         what else the file should say, as for `save`

@@ -9,9 +9,10 @@ __all__ = ['WEIGHT_OPTIONS', 'Settings', 'setting', 'Place', 'choose_places', 'w
 import copy, struct, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,8 @@ from .models import computed
 # %% ../../nbs/workshop/prepared.ipynb
 class Settings(nn.Module):
     "A module whose whole numbers are in its state, as a buffer `settings`."
+
+    settings: Tensor
 
     def _keep(self, *values: int | bool | float | None) -> None:
         "Set them for the first time; a float keeps all its bits."
@@ -64,7 +67,7 @@ def _as_whole(v):
 
 def setting(
     i: int,  # place in the buffer
-    kind: Callable | None = None,  # bool or float; None: a whole number, or None for −1
+    kind: Callable[..., Any] | None = None,  # bool or float; None: a whole number, or None for −1
 ) -> property:
     """A setting that reads and is set like an attribute.
 
@@ -72,7 +75,7 @@ def setting(
     ----------
     i : int
         place in the buffer
-    kind : Callable | None, default None
+    kind : Callable[..., Any] | None, default None
         bool or float; None: a whole number, or None for −1
     """
 
@@ -105,7 +108,7 @@ class Place:
         name of the matrix
     axis : int
         of the output channels
-    how : dict
+    how : dict[str, Any]
         its options
     """
 
@@ -113,7 +116,7 @@ class Place:
     owner: nn.Module  # the layer
     key: str  # name of the matrix
     axis: int  # of the output channels
-    how: dict  # its options
+    how: dict[str, Any]  # its options
 
     @property
     def name(self) -> str:
@@ -130,7 +133,7 @@ class Place:
         ]
 
     @property
-    def tie(self) -> tuple:
+    def tie(self) -> tuple[Any, ...]:
         "Equal for matrices that are one."
         steps = (
             [*map(id, self.owner.parametrizations[self.key])]
@@ -143,9 +146,9 @@ class Place:
 def choose_places(
     model: nn.Module,
     overrides: (
-        Mapping | None
+        Mapping[str, Any] | None
     ),  # by name or pattern of a layer or matrix: options, or None to leave it alone; the first match wins
-    options: Callable,  # (name, owner, key, what overrides say) → checked options
+    options: Callable[..., Any],  # (name, owner, key, what overrides say) → checked options
 ) -> list[Place]:  # in the model's order
     """What is to be trained through rounding. `ValueError` names what is neither a parameter nor parametrized, tied
     tensors with different options, and patterns that match nothing; a warning names matrices in modules that nobody
@@ -154,9 +157,9 @@ def choose_places(
     Parameters
     ----------
     model : nn.Module
-    overrides : Mapping | None
+    overrides : Mapping[str, Any] | None
         by name or pattern of a layer or matrix: options, or None to leave it alone; the first match wins
-    options : Callable
+    options : Callable[..., Any]
         (name, owner, key, what overrides say) → checked options
 
     Returns
@@ -283,9 +286,9 @@ def _check_ties(model, places):
 def exchange(
     model: nn.Module,  # a copy of the caller's; what is returned shares its tensors
     new: Mapping[
-        nn.Module, Callable
+        nn.Module, Callable[..., Any]
     ],  # layer → function of a copy of it, whose inner layers are exchanged already, that returns what takes its place
-    keep: tuple = (),  # modules that are shared rather than copied
+    keep: tuple[nn.Module, ...] = (),  # modules that are shared rather than copied
 ) -> nn.Module:
     """The model with layers exchanged under all their names. `ValueError` for a layer that refers to the module in
     which it hangs.
@@ -294,9 +297,9 @@ def exchange(
     ----------
     model : nn.Module
         a copy of the caller's; what is returned shares its tensors
-    new : Mapping[nn.Module, Callable]
+    new : Mapping[nn.Module, Callable[..., Any]]
         layer → function of a copy of it, whose inner layers are exchanged already, that returns what takes its place
-    keep : tuple, default ()
+    keep : tuple[nn.Module, ...], default ()
         modules that are shared rather than copied
     """
     memo = {id(x): x for x in (*model.parameters(), *model.buffers(), *keep)}

@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -26,7 +26,7 @@ from .runner import Runner, attempted
 from .workers import WorkerDied
 
 # %% ../../nbs/workshop/processes.ipynb
-def mapped_model(path: str | os.PathLike) -> nn.Module:
+def mapped_model(path: str | os.PathLike[str]) -> nn.Module:
     "The model in a file, its tensors where they lie in the file if they can be used there."
     try:
         return load(path, mmap=True)
@@ -113,6 +113,9 @@ def _portable(error: BaseException) -> BaseException:
 class Remote:
     "A runner in a process of its own."
 
+    pipe: Any
+    process: Any
+
     def __init__(self, order: bytes, threads: int):
         self.order, self.threads, self.alive, self.over = order, threads, False, False
         self.start()
@@ -151,6 +154,24 @@ class Remote:
             self.close()
             raise
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        order: bytes
+        threads: int
+        alive: bool
+        over: bool
+
+        def close(self) -> int:
+            "End the process; gives its exit code."
+            ...
+
+        def __call__(self, samples: list[Any], again: bool = True) -> list[tuple[bool, Any]]:
+            "As `Runner`. Each call begins with a process that is alive, or with the attempt to get one."
+            ...
+
+        def restart(self) -> None:
+            ...
+
 # %% ../../nbs/workshop/processes.ipynb
 @patch
 def close(self: Remote) -> int:
@@ -167,7 +188,7 @@ def close(self: Remote) -> int:
 
 
 @patch
-def __call__(self: Remote, samples: list, again: bool = True) -> list[tuple[bool, Any]]:
+def __call__(self: Remote, samples: list[Any], again: bool = True) -> list[tuple[bool, Any]]:
     "As `Runner`. Each call begins with a process that is alive, or with the attempt to get one."
     one_by_one = lambda again: [self([s], again)[0] for s in samples]
     try:
@@ -228,7 +249,7 @@ class _Order(pickle.Pickler):
         )
 
 
-def start_processes(model: Any, settings: dict, collate: Callable | None) -> list[Remote]:
+def start_processes(model: Any, settings: dict[str, Any], collate: Callable[[list[Any]], Any] | None) -> list[Remote]:
     "The processes of a pool, all started before the first is waited for."
     if os.name != "posix":
         raise ValueError("processes is True, which needs Linux or macOS")

@@ -128,13 +128,13 @@ def check_held(
 
 # %% ../../nbs/workshop/prunable.ipynb
 def names_of(
-    layers: type | tuple,  # as `isinstance` takes them
+    layers: type | tuple[type, ...],  # as `isinstance` takes them
 ) -> str:
     """Classes in words.
 
     Parameters
     ----------
-    layers : type | tuple
+    layers : type | tuple[type, ...]
         as `isinstance` takes them
     """
     flat = lambda c: [n for x in c for n in flat(x)] if isinstance(c, tuple) else [getattr(c, "__name__", repr(c))]
@@ -143,7 +143,7 @@ def names_of(
 
 def prunable_layers(
     model: nn.Module,
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
     skip: Iterable[str] = (),  # names or patterns of layers that are left alone: `('conv1', 'head.*')`
 ) -> dict[str, nn.Module]:  # name → layer; of tied layers the first
     """The layers that have a weight to prune. `ValueError` when there are none, when a pattern fits none, or when a
@@ -152,7 +152,7 @@ def prunable_layers(
     Parameters
     ----------
     model : nn.Module
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes
     skip : Iterable[str], default ()
         names or patterns of layers that are left alone: `('conv1', 'head.*')`
@@ -194,7 +194,7 @@ def _not_skipped(model, found, skip: tuple[str, ...]) -> dict[str, nn.Module]:
     }
 
 # %% ../../nbs/workshop/prunable.ipynb
-WHOLE = {
+WHOLE: dict[type, Any] = {
     nn.RNNBase: (
         "PyTorch keeps a recurrent layer's computed weights in a list, so that a masked one could not be copied"
     ),

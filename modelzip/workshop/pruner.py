@@ -8,7 +8,7 @@ __all__ = ['Pruner']
 # %% ../../nbs/workshop/pruner.ipynb
 import math, warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -34,19 +34,23 @@ from modelzip.workshop.prunable import (
 from .units import check_request, choose_masks, parse_granularity, shares_of, units
 
 # %% ../../nbs/workshop/pruner.ipynb
-SCHEDULES: dict[str, Callable] = {}  # name → (t, final, initial) → share at time t; the chapter enters its four
+SCHEDULES: dict[
+    str, Callable[[float, float, float], float]
+] = {}  # name → (t, final, initial) → share at time t; the chapter enters its four
 
 
-def as_schedule(schedule: str | Callable) -> Callable:  # (t, final, initial) → share
+def as_schedule(
+    schedule: str | Callable[[float, float, float], float],
+) -> Callable[[float, float, float], float]:  # (t, final, initial) → share
     """Look up a schedule; `ValueError` lists the known ones.
 
     Parameters
     ----------
-    schedule : str | Callable
+    schedule : str | Callable[[float, float, float], float]
 
     Returns
     -------
-    Callable
+    Callable[[float, float, float], float]
         (t, final, initial) → share
     """
     function = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
@@ -83,6 +87,14 @@ class Pruner:
     allow_empty : bool, default False
         may a layer lose all its weights?
     """
+
+    batches: Any
+    began: dict[str, float]
+    criterion: Criterion
+    initial: float
+    layers: dict[str, nn.Module]
+    scope: str
+    sparsity: dict[str, float]
 
     def __init__(
         self,
@@ -121,6 +133,37 @@ class Pruner:
         if isinstance(self.sparsity, Mapping):
             self.sparsity = shares_of(self.layers, self.sparsity, "layer")
             self.began = {n: share_gone({n: m}) for n, m in self.layers.items()}
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        granularity: str
+        loss: Callable[..., Any] | None
+        allow_empty: bool
+
+        def step(self, t: float = 1.0) -> None:
+            "Prune to where the schedule is at time t."
+            ...
+
+        def scores(self) -> dict[str, Tensor]:
+            "What each weight is worth now, [outputs, …]; −inf where it is gone."
+            ...
+
+        def _worth(self, rows: Tensor, layer: nn.Module, seen: Evidence | None) -> Tensor:
+            "The criterion's score of each weight, [outputs, …]; or, of those that prefer it, one for each unit."
+            ...
+
+        def _cut(self, share: float | Mapping[str, float]) -> None:
+            "Choose, and mask."
+            ...
+
+        def _cut_and_repair(self, share: float | Mapping[str, float]) -> None:
+            "Let the criterion prune and move, layer by layer."
+            ...
+
+        def _repair(self, layer: nn.Module, twin: nn.Module, seen: Evidence, share: float) -> None:
+            "Prune one layer, and move what stays; its twin, too."
+            ...
 
 # %% ../../nbs/workshop/pruner.ipynb
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['LEAST', 'ROUNDED', 'check_levels', 'StepsOfWeights', 'half_precision', 'RangeOfActivations']
 
 # %% ../../nbs/workshop/qat_observers.ipynb
+from typing import TYPE_CHECKING
 import math, sys
 from operator import index
 
@@ -99,6 +100,30 @@ class StepsOfWeights(Settings):
     def extra_repr(self) -> str:
         layout = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
         return f"{self.levels} levels, {f'group {self.group}' if self.group else layout}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        scale: nn.Parameter
+
+        def fit(self, weight: Tensor) -> None:
+            "Set the steps as the observer 'mse' finds them."
+            ...
+
+        def values(self, weight: Tensor) -> Tensor:
+            "The weight that the codes stand for."
+            ...
+
+        def forward(self, weight: Tensor) -> Tensor:
+            "The weight that the codes stand for; for a reader from outside one that is not to be written to."
+            ...
+
+        def right_inverse(self, weight: Tensor) -> Tensor:
+            "What is assigned to the layer's weight is what will be rounded."
+            ...
+
+        def as_qtensor(self, weight: Tensor) -> QTensor:
+            "The very codes and steps as a compressed tensor."
+            ...
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 @patch
@@ -264,6 +289,30 @@ class RangeOfActivations(Settings):
             if self.ready
             else "has seen nothing yet"
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        scale: nn.Parameter
+        zero_point: nn.Parameter
+
+        def set_range(self, low: float, high: float) -> None:
+            """Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the
+            zero point is 0. `ValueError` for what is no range."""
+            ...
+
+        def _watch(self, x: Tensor) -> None:
+            """The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones
+            move it."""
+            ...
+
+        def look(self, x: Tensor) -> None:
+            """`ValueError` for NaN and infinities, and for a quantizer that has seen nothing; in train mode the range
+            may move."""
+            ...
+
+        def set_bits(self, bits: int) -> None:
+            "Other codes for the same range."
+            ...
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 @patch

@@ -17,7 +17,7 @@ from .floats import FLOATS, dtype_name
 from .quantize_options import check_columns, says_zero, scale_shape
 
 # %% ../../nbs/workshop/qtensor_checks.ipynb
-def checked_meta(meta: Any) -> tuple:  # shape, dtype, levels, axis, group
+def checked_meta(meta: Any) -> tuple[Any, ...]:  # shape, dtype, levels, axis, group
     """Types and ranges of what a manifest says.
 
     Parameters
@@ -26,7 +26,7 @@ def checked_meta(meta: Any) -> tuple:  # shape, dtype, levels, axis, group
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         shape, dtype, levels, axis, group
     """
     if not isinstance(meta, dict) or set(meta) - {"shape", "dtype", "levels", "axis", "group"}:
@@ -51,7 +51,7 @@ def checked_meta(meta: Any) -> tuple:  # shape, dtype, levels, axis, group
     return torch.Size(shape), dtype, levels, axis, group
 
 # %% ../../nbs/workshop/qtensor_checks.ipynb
-def check_part(name: str, part: Any, dtypes: tuple, shape: tuple) -> None:
+def check_part(name: str, part: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     "`ValueError` unless a part is a tensor of one of these dtypes and of this shape."
     if not isinstance(part, Tensor):
         raise ValueError(f"part {name} is missing")
@@ -98,15 +98,15 @@ PARTS = "codes", "scale", "zero_point", "codebook", "columns"
 def checked_fields(
     parts: dict[str, Tensor],
     meta: Any,
-    packed_bytes: Callable,  # (number of codes, bits) → bytes
-) -> tuple:
+    packed_bytes: Callable[[int, int], int],  # (number of codes, bits) → bytes
+) -> tuple[Any, ...]:
     """What a QTensor is made of; `ValueError` for shapes and dtypes that do not fit together.
 
     Parameters
     ----------
     parts : dict[str, Tensor]
     meta : Any
-    packed_bytes : Callable
+    packed_bytes : Callable[[int, int], int]
         (number of codes, bits) → bytes
     """
     shape, dtype, levels, axis, group = checked_meta(meta)

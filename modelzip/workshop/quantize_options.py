@@ -48,18 +48,20 @@ def check_layout(x: Tensor, axis: int | None, group: int | None) -> int | None: 
     return int(axis) % x.dim()
 
 
-def scale_shape(shape: tuple, axis: int | None, group: int | None) -> tuple:  # (), (slices,) or (rows, groups)
+def scale_shape(
+    shape: tuple[int, ...], axis: int | None, group: int | None
+) -> tuple[int, ...]:  # (), (slices,) or (rows, groups)
     """In which shape the scales of a tensor are kept.
 
     Parameters
     ----------
-    shape : tuple
+    shape : tuple[int, ...]
     axis : int | None
     group : int | None
 
     Returns
     -------
-    tuple
+    tuple[int, ...]
         (), (slices,) or (rows, groups)
     """
     n = number_of_blocks(shape, axis, group)
@@ -70,21 +72,29 @@ def scale_shape(shape: tuple, axis: int | None, group: int | None) -> tuple:  # 
 
 # %% ../../nbs/workshop/quantize_options.ipynb
 def check_together(
-    bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator
+    bits: Any,
+    symmetric: Any,
+    levels: Any,
+    step: Any,
+    codebook: Any,
+    stochastic: Any,
+    scale: Any,
+    observer: Any,
+    generator: Any,
 ) -> None:  # all as in `quantize`
     """Options of which one would be ignored are refused.
 
     Parameters
     ----------
-    bits
-    symmetric
-    levels
-    step
-    codebook
-    stochastic
-    scale
-    observer
-    generator
+    bits : Any
+    symmetric : Any
+    levels : Any
+    step : Any
+    codebook : Any
+    stochastic : Any
+    scale : Any
+    observer : Any
+    generator : Any
 
     Returns
     -------
@@ -168,7 +178,7 @@ def only_finite(
     return blocks, (blocks.amin(1), blocks.amax(1))
 
 # %% ../../nbs/workshop/quantize_options.ipynb
-def check_columns(columns: Any, shape: tuple, name: str = "columns") -> None:
+def check_columns(columns: Any, shape: tuple[int, ...], name: str = "columns") -> None:
     "One positive, finite float16 or float32 number for each index of dimension 1."
     if len(shape) < 2:
         raise ValueError(f"{name} needs a tensor of two dimensions or more, not shape {tuple(shape)}")
@@ -202,7 +212,9 @@ def divided(x: Tensor, columns: Any) -> tuple[Tensor, Tensor | None]:
     return x / across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
 
 # %% ../../nbs/workshop/quantize_options.ipynb
-def _fixed_step(step: float, extremes: tuple, wide: torch.dtype, scale_dtype: torch.dtype | None) -> tuple:
+def _fixed_step(
+    step: float, extremes: tuple[Any, ...], wide: torch.dtype, scale_dtype: torch.dtype | None
+) -> tuple[Any, ...]:
     """A scale given once for all (as it is, in the dtype of the arithmetic), and the odd number of levels that the
     largest value needs."""
     if not isinstance(step, (int, float)) or not 0 < step < math.inf:
@@ -220,7 +232,9 @@ def _fixed_step(step: float, extremes: tuple, wide: torch.dtype, scale_dtype: to
     return scale, levels
 
 
-def _relative_codebook(codebook: Any, levels: int, blocks: Tensor, extremes: tuple, scale: Any, wide, shape, group):
+def _relative_codebook(
+    codebook: Any, levels: int, blocks: Tensor, extremes: tuple[Any, ...], scale: Any, wide, shape, group
+):
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
     if scale is None:
         scale = torch.maximum(-extremes[0], extremes[1]).to(wide)

@@ -8,7 +8,8 @@ __all__ = ['stacked_tensors', 'stacked_blocks', 'SideBySide', 'stacked', 'blocks
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,10 @@ class SideBySide(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self.layers], -1)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layers: nn.ModuleList
+
 
 def stacked(
     layers: list[nn.Module],  # all of the same input
@@ -160,6 +165,9 @@ class FewRows(nn.Module):
         a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
     """
 
+    run: Callable[..., Any]
+    trusts: Callable[..., bool] | None
+
     def __init__(self, layer: Dequantize):  # a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
         super().__init__()
         in_blocks = isinstance(layer.q, BlockTensor)
@@ -178,6 +186,10 @@ class FewRows(nn.Module):
         if n * new > self.most or self.trusts and not self.trusts(x):
             return self.layer(x)
         return self.run(x.reshape(-1, inputs)).view(n, new, -1)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layer: Dequantize
 
 
 def without_checks(layer: nn.Module) -> nn.Module:
@@ -256,9 +268,20 @@ class RoomyCache:
             buffer[:, :, :start] = old[:, :, :start]
         return buffer
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        room: int
+
 # %% ../../nbs/workshop/quick_llama.ipynb
 class QuickBlock(nn.Module):
     "`LlamaBlock`, with a product for queries, keys and values, and one for gate and up."
+
+    heads: int
+    kv_heads: int
+    all: nn.Module
+    both: nn.Module
+    out: nn.Module
+    down: nn.Module
 
     def __init__(self, block: LlamaBlock):
         super().__init__()
@@ -273,11 +296,11 @@ class QuickBlock(nn.Module):
         gate, up = self.both(self.normed(x, 1)).chunk(2, -1)
         return x + self.down(F.silu(gate).mul_(up))
 
-    def normed(self, x, which):
+    def normed(self, x: Tensor, which: int) -> Tensor:
         norm = self.norms[which]
         return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
-    def attend(self, x, turns, cache, layer):
+    def attend(self, x: Tensor, turns: Tensor, cache: Any, layer: int) -> Tensor:
         n, new, width = x.shape
         heads, turned, head = self.heads, self.heads + self.kv_heads, width // self.heads
         each = self.all(x).view(n, new, turned + self.kv_heads, head)
@@ -294,9 +317,18 @@ class QuickBlock(nn.Module):
         how = dict(attn_mask=seen, is_causal=not past, enable_gqa=heads > self.kv_heads)
         return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        norms: nn.ModuleList
+
 # %% ../../nbs/workshop/quick_llama.ipynb
 class QuickLlama(nn.Module):
     "What `quick_llama` makes. It computes without gradients."
+
+    context: int
+    words: nn.Module
+    head: nn.Module
+    norm: nn.RMSNorm
 
     def __init__(self, model: Llama):
         super().__init__()
@@ -327,8 +359,12 @@ class QuickLlama(nn.Module):
     def _apply(self, fn, recurse=True):
         raise RuntimeError("a QuickLlama stays as it was made; move or convert the model, and make another")
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a QuickLlama stays as it was made; load the state into the model, and make another")
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        blocks: nn.ModuleList
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 def quick_llama(

@@ -9,7 +9,7 @@ __all__ = ['SAME_AXES', 'AXES', 'Unproved', 'Symbol', 'Symbols', 'Touching', 'is
 
 # %% ../../nbs/workshop/readers.ipynb
 import collections, copy, inspect, itertools
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,12 +29,18 @@ class Symbol(fx.Proxy):
     "Stands for a tensor."
 
     @property
-    def __class__(self):
+    def __class__(self) -> Any:
         return Tensor
 
 
 class Symbols(fx.proxy.GraphAppendingTracer):
     "Collects what is done with symbols."
+
+    constants: list[Any]
+    stores: dict[Any, Any]
+    tensors: dict[int, Any]
+    touched: set[Any]
+    training: set[Any]
 
     def __init__(self, model: nn.Module):
         super().__init__(fx.Graph())
@@ -46,10 +52,10 @@ class Symbols(fx.proxy.GraphAppendingTracer):
             if t.numel() and t.device.type != "meta"
         }
 
-    def proxy(self, node):
+    def proxy(self, node: Any) -> "Symbol":
         return Symbol(node, self)
 
-    def create_arg(self, a):
+    def create_arg(self, a: Any) -> Any:
         if type(a) is Symbol or not isinstance(a, Tensor):
             return super().create_arg(a)
         self.touch(a)
@@ -66,6 +72,10 @@ class Symbols(fx.proxy.GraphAppendingTracer):
         if name:
             self.touched.add(name)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+
 
 class Touching(TorchFunctionMode):
     "Notes which parameters functions get, beside the symbols."
@@ -74,11 +84,15 @@ class Touching(TorchFunctionMode):
         super().__init__()
         self.symbols = symbols
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if type(t) is not Symbol and isinstance(t, Tensor):
                 self.symbols.touch(t)
         return f(*args, **(kwargs or {}))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        symbols: Symbols
 
 # %% ../../nbs/workshop/readers.ipynb
 def is_leaf(m: nn.Module) -> bool:
@@ -113,7 +127,7 @@ def answering(symbols: Symbols, name: str, m: nn.Module) -> Any:
     return answer
 
 # %% ../../nbs/workshop/readers.ipynb
-def ways_to_call(model: nn.Module) -> list[tuple[dict, bool]]:
+def ways_to_call(model: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     "Arguments of `forward`, where `...` stands for a symbol; and whether this way has to work."
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -148,7 +162,7 @@ def graphs_of(
     return [s for way, needed in ways_to_call(model) if (s := graph_of(model, way, needed)) is not None]
 
 
-def graph_of(model: nn.Module, way: dict, needed: bool) -> Symbols | None:
+def graph_of(model: nn.Module, way: dict[str, Any], needed: bool) -> Symbols | None:
     "One way to call it."
     running = copy.deepcopy(model)
     symbols = prepared(running)
@@ -220,7 +234,7 @@ def pairs_in_code(
     return found or {}
 
 
-def shape_of_code(model: nn.Module) -> list:
+def shape_of_code(model: nn.Module) -> list[Any]:
     "All that the code does, to be compared with that of a rewritten model."
     said = lambda s: [
         (n.op, str(n.target), str(n.args), str(n.kwargs)) for n in s.graph.nodes if n.op != "get_attr" or n.users
@@ -247,7 +261,7 @@ SAME_AXES = (
     nn.LayerNorm,
     nn.BatchNorm1d,
 )
-AXES = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # on anything else they raise an error
+AXES: dict[Any, Any] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # on anything else they raise an error
 
 
 def axes_of(node: fx.Node, s: Symbols) -> int | None:
@@ -280,6 +294,18 @@ def axes_of(node: fx.Node, s: Symbols) -> int | None:
 class Readers(TorchFunctionMode):
     "Watches who reads the outputs of layers and their parameters."
 
+    axes: dict[Any, Any]
+    calls: collections.Counter[Any]
+    held: dict[str, Tensor]
+    made: dict[Any, Any]
+    owner: dict[int, str]
+    path: list[str]
+    readers: dict[Any, set[Any]]
+    sources: dict[Any, set[Any]]
+    stores: dict[int, str]
+    strangers: set[Any]
+    training: set[Any]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.path, self.made, self.axes = model, [""], {}, {}
@@ -294,7 +320,7 @@ class Readers(TorchFunctionMode):
             set(),
         )
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and name_of(f) not in ABOUT:
                 self.got(t)
@@ -311,10 +337,14 @@ class Readers(TorchFunctionMode):
         if owner is not None and owner != here:
             self.strangers.add(owner)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_in_runs(
     model: nn.Module,  # in evaluation mode; left as it is
-    examples: list,
+    examples: list[Any],
     layers: list[str],  # whose readers we want to know
 ) -> dict[str, tuple[str, int]]:  # layer → the one that alone reads it; the number of axes of what goes between them
     """What is seen when a model runs on examples.
@@ -323,7 +353,7 @@ def pairs_in_runs(
     ----------
     model : nn.Module
         in evaluation mode; left as it is
-    examples : list
+    examples : list[Any]
     layers : list[str]
         whose readers we want to know
 
@@ -361,7 +391,7 @@ def pairs_in_runs(
     }
 
 
-def entered(r: Readers, name: str, m: nn.Module, args: tuple) -> None:
+def entered(r: Readers, name: str, m: nn.Module, args: tuple[Any, ...]) -> None:
     r.path.append(name)
     r.calls[name] += 1
     if m.training:
@@ -386,7 +416,7 @@ def left(r: Readers, name: str, out: Any) -> None:
 def pairs_shown(
     model: nn.Module,  # in evaluation mode; left as it is
     layers: list[str],
-    examples: list | None,  # None: by the code alone
+    examples: list[Any] | None,  # None: by the code alone
 ) -> dict[
     str, tuple[str, int | None]
 ]:  # layer → the one that alone reads it; the number of axes of what goes between them
@@ -398,7 +428,7 @@ def pairs_shown(
     model : nn.Module
         in evaluation mode; left as it is
     layers : list[str]
-    examples : list | None
+    examples : list[Any] | None
         None: by the code alone
 
     Returns

@@ -80,7 +80,7 @@ def read_stream(
     part: Part,
     name: str,
     pool: Any,  # an executor
-) -> tuple[Tensor, list[Callable]]:  # a tensor that is not filled yet, and functions that wait for it
+) -> tuple[Tensor, list[Callable[[], Any]]]:  # a tensor that is not filled yet, and functions that wait for it
     """Read a coded part from where the file stands, and have it expanded.
 
     Parameters
@@ -93,7 +93,7 @@ def read_stream(
 
     Returns
     -------
-    tuple[Tensor, list[Callable]]
+    tuple[Tensor, list[Callable[[], Any]]]
         a tensor that is not filled yet, and functions that wait for it
     """
     data = memoryview(
@@ -155,7 +155,7 @@ def add_base(
     t: Tensor,  # has the difference
     part: Part,
     name: str,
-    head: tuple,  # of its stream
+    head: tuple[Any, ...],  # of its stream
 ) -> None:
     """Make the whole of a difference, in its place.
 
@@ -165,7 +165,7 @@ def add_base(
         has the difference
     part : Part
     name : str
-    head : tuple
+    head : tuple[Any, ...]
         of its stream
     """
     bits, levels, count, *_ = head
@@ -261,7 +261,7 @@ def read_gap(
 
 def settle(
     name: str,
-    waits: list[Callable],  # is empty afterwards, and no longer holds the stream
+    waits: list[Callable[[], Any]],  # is empty afterwards, and no longer holds the stream
     coded: int = 0,  # length of the stream
 ) -> int:  # the same
     """Wait for the jobs of a stream.
@@ -269,7 +269,7 @@ def settle(
     Parameters
     ----------
     name : str
-    waits : list[Callable]
+    waits : list[Callable[[], Any]]
         is empty afterwards, and no longer holds the stream
     coded : int, default 0
         length of the stream
@@ -300,7 +300,7 @@ def check_loading(model: Any, mmap: bool, verify: bool) -> None:
         raise ValueError("verify is False, but without mmap everything is read and checked anyway")
 
 # %% ../../nbs/workshop/reading.ipynb
-def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = False) -> None:
+def check_mappable(rows: dict[str, Row], path: str | os.PathLike[str], solid: bool = False) -> None:
     "`ValueError` when parts are coded: they have to be expanded into memory."
     if solid or any(p.coded is not None for _, _, p in in_order(rows)):
         raise ValueError(

@@ -6,6 +6,7 @@
 __all__ = ['OPERATORS', 'ReadOnly', 'read_only']
 
 # %% ../../nbs/workshop/readonly.ipynb
+from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ class ReadOnly(Tensor):
 
     reason = "it is read-only"
 
-    def set_(self, *args, **kwargs):
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(self.reason)  # the one method that `__torch_function__` is not told of
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not all(issubclass(t, Tensor) for t in types):
             return NotImplemented

@@ -18,7 +18,7 @@ from .definitions import MARKS, installed, same_definition, unmarked
 model_builders: dict[str, Callable[..., nn.Module]] = {}  # name → what builds that model
 
 
-def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
+def _options(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     """What a builder was called with, as JSON of its own, and defaults that can change; a ValueError when JSON
     cannot hold it."""
     signature = inspect.signature(build)
@@ -42,7 +42,7 @@ def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
     return own
 
 # %% ../../nbs/workshop/registry.ipynb
-def _stamped(name: str, build: Callable) -> Callable:
+def _stamped(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
     "`build`, with the models that it makes marked by the name and the options that make them again."
 
     @functools.wraps(build, updated=() if isinstance(build, type) else functools.WRAPPER_UPDATES)
@@ -75,7 +75,8 @@ def _stamp_class(name: str, cls: type) -> type:
 # %% ../../nbs/workshop/registry.ipynb
 def register_model(
     name: str,  # what files call this architecture
-    build: Callable | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
+    build: Callable[..., Any]
+    | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
 ) -> Callable[..., Any]:  # `build`, whose models carry `.architecture`
     """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises
     ValueError. A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or
@@ -85,7 +86,7 @@ def register_model(
     ----------
     name : str
         what files call this architecture
-    build : Callable | None, default None
+    build : Callable[..., Any] | None, default None
         function or `nn.Module` class with JSON options; None: use as a decorator
 
     Returns

@@ -12,7 +12,7 @@ import copy, random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from .models import Labelled, call, output_tensors, own_copy
 # %% ../../nbs/workshop/rehearsal.ipynb
 def examples_of(
     example: Any,  # a list: several examples; anything else is one
-) -> list:
+) -> list[Any]:
     """Copies of the examples, which nobody else holds. `ValueError` for an empty list.
 
     Parameters
@@ -145,12 +145,16 @@ class Coarsest(TorchFunctionMode):
         super().__init__()
         self.eps = 0.0
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = f(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()):
                 self.eps = max(self.eps, torch.finfo(t.dtype).eps)
         return out
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        eps: float
 
 
 def tolerance(eps: float) -> float:
@@ -232,9 +236,9 @@ LARGE = 5e7  # parameters; what has more is not made larger still by double prec
 
 def disagreement(
     model: nn.Module,  # left as it is
-    examples: list,  # from `examples_of`
-    right: Callable,  # model → the model that is right, a copy
-    judged: Callable,  # model → the model that must do the same, a copy
+    examples: list[Any],  # from `examples_of`
+    right: Callable[[nn.Module], nn.Module],  # model → the model that is right, a copy
+    judged: Callable[[nn.Module], nn.Module],  # model → the model that must do the same, a copy
     training: bool = True,  # also in training mode
 ) -> str | None:
     """In words where two versions of a model differ; None if they agree in every stage. An error of the right one
@@ -244,11 +248,11 @@ def disagreement(
     ----------
     model : nn.Module
         left as it is
-    examples : list
+    examples : list[Any]
         from `examples_of`
-    right : Callable
+    right : Callable[[nn.Module], nn.Module]
         model → the model that is right, a copy
-    judged : Callable
+    judged : Callable[[nn.Module], nn.Module]
         model → the model that must do the same, a copy
     training : bool, default True
         also in training mode
@@ -286,7 +290,16 @@ def ready(model: nn.Module, training: bool) -> nn.Module:
 class Twins:
     "Two versions of one model, in double precision if it runs in that."
 
-    def __init__(self, base: nn.Module, example: Any, right: Callable, judged: Callable):
+    base: nn.Module
+    both: list[Any] | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        example: Any,
+        right: Callable[[nn.Module], nn.Module],
+        judged: Callable[[nn.Module], nn.Module],
+    ):
         self.base, self.right, self.judged, self.both, self.double = base, right, judged, None, False
         if sum(p.numel() for p in base.parameters()) > LARGE:
             return
@@ -321,6 +334,12 @@ class Twins:
         except Exception as e:
             return f"it raises {type(e).__name__}: {e}".split("\n")[0]
         return unlike(got, want, max(eps, finer))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        right: Callable[[nn.Module], nn.Module]
+        judged: Callable[[nn.Module], nn.Module]
+        double: bool
 
 
 def in_double(x: Any) -> Any:

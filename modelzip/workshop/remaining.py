@@ -11,7 +11,7 @@ __all__ = ['FRESH', 'layer_norm', 'check_counting', 'RemainingLayerNorm', 'rms_n
 # %% ../../nbs/workshop/remaining.ipynb
 import collections, copy, math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from .settings import SettingsInState, is_count
 # %% ../../nbs/workshop/remaining.ipynb
 def layer_norm(
     input: Tensor,  # [..., channels]
-    normalized_shape: tuple,
+    normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -38,7 +38,7 @@ def layer_norm(
     ----------
     input : Tensor
         [..., channels]
-    normalized_shape : tuple
+    normalized_shape : tuple[int, ...]
     weight : Tensor | None
     bias : Tensor | None
     eps : float
@@ -82,11 +82,11 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
         … and an offset
     channels_first : bool, default False
         [n, channels, …] instead of […, channels]
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
-    in_state = ("total", "channels_first", "eps")
+    in_state: tuple[str, ...] = ("total", "channels_first", "eps")
 
     def __init__(
         self,
@@ -96,13 +96,13 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
         elementwise_affine: bool = True,  # with a factor a channel
         bias: bool = True,  # … and an offset
         channels_first: bool = False,  # [n, channels, …] instead of […, channels]
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
         self.channels, self.total, self.channels_first = channels, total, channels_first
 
-    def check_settings(self, total, channels_first, eps) -> None:
+    def check_settings(self, total: int, channels_first: bool, eps: float) -> None:
         check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,10 +116,16 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     def extra_repr(self) -> str:
         return f"{self.channels} of {self.total}, eps={self.eps}"
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        channels: int
+        total: int
+        channels_first: bool
+
 # %% ../../nbs/workshop/remaining.ipynb
 def rms_norm(
     input: Tensor,  # [..., channels]
-    normalized_shape: tuple,
+    normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     eps: float | None,  # None: the smallest difference from 1 in the input's precision
     total: int,  # channels that there were once
@@ -130,7 +136,7 @@ def rms_norm(
     ----------
     input : Tensor
         [..., channels]
-    normalized_shape : tuple
+    normalized_shape : tuple[int, ...]
     weight : Tensor | None
     eps : float | None
         None: the smallest difference from 1 in the input's precision
@@ -158,13 +164,13 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
         None: the smallest difference from 1 in the input's precision
     elementwise_affine : bool, default True
         with a factor a channel
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
-    in_state = ("total", "eps")
+    in_state: tuple[str, ...] = ("total", "eps")
 
-    def check_settings(self, total, eps) -> None:
+    def check_settings(self, total: int, eps: float | None) -> None:
         check_counting(self, total, eps)
 
     def __init__(
@@ -173,8 +179,8 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
         total: int,  # that were there
         eps: float | None = None,  # None: the smallest difference from 1 in the input's precision
         elementwise_affine: bool = True,  # with a factor a channel
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__(channels, eps, elementwise_affine, device, dtype)
         self.channels, self.total = channels, total
@@ -184,6 +190,11 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
 
     def extra_repr(self) -> str:
         return f"{self.channels} of {self.total}, eps={self.eps}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        channels: int
+        total: int
 
 # %% ../../nbs/workshop/remaining.ipynb
 def multi_head_attention_forward(
@@ -251,11 +262,16 @@ class RemainingAttention(SettingsInState, nn.Module):
         … of the values
     batch_first : bool, default False
         [n, places, width]; False: [places, n, width]
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
-    in_state = ("num_heads", "head_dim", "batch_first")
+    in_proj_bias: nn.Parameter | None
+    out_proj: nn.Linear
+    kdim: int
+    vdim: int
+
+    in_state: tuple[str, ...] = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
     reads_its_layers = True  # `out_proj`
     in_proj_weight = bias_k = bias_v = None
@@ -271,8 +287,8 @@ class RemainingAttention(SettingsInState, nn.Module):
         kdim: int | None = None,  # width of the keys; None: embed_dim
         vdim: int | None = None,  # … of the values
         batch_first: bool = False,  # [n, places, width]; False: [places, n, width]
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = (
@@ -285,7 +301,7 @@ class RemainingAttention(SettingsInState, nn.Module):
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self._make_parameters(num_heads * head_dim, bias, {"device": device, "dtype": dtype})
 
-    def check_settings(self, num_heads, head_dim, batch_first) -> None:
+    def check_settings(self, num_heads: int, head_dim: int, batch_first: bool) -> None:
         inner = self.out_proj.in_features
         if not (
             is_count(num_heads)
@@ -298,7 +314,7 @@ class RemainingAttention(SettingsInState, nn.Module):
                 f" {inner} together"
             )
 
-    def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
+    def _make_parameters(self, inner: int, bias: bool, like: dict[str, Any]) -> None:
         "Three matrices in, one out; inner is the width of all heads."
         for k, n in zip("qkv", (self.embed_dim, self.kdim, self.vdim)):
             weight = torch.empty(inner, n, **like)
@@ -310,15 +326,15 @@ class RemainingAttention(SettingsInState, nn.Module):
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        key_padding_mask=None,
-        need_weights=True,
-        attn_mask=None,
-        average_attn_weights=True,
-        is_causal=False,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         "As `nn.MultiheadAttention.forward`."
         lone, batch = query.dim() == 2, 0 if self.batch_first else 1
         if lone:
@@ -352,8 +368,16 @@ class RemainingAttention(SettingsInState, nn.Module):
             y = y.transpose(0, 1)
         return (y.squeeze(batch), None if p is None else p[0]) if lone else (y, p)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        embed_dim: int
+        num_heads: int
+        head_dim: int
+        dropout: float
+        batch_first: bool
+
 # %% ../../nbs/workshop/remaining.ipynb
-def attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
+def attention_macs(m: RemainingAttention, x: tuple[Any, ...], y: Any) -> int:
     "Products of the four matrices, and of queries with keys and weights with values."
     query, key, value = x[:3]
     places = -2 if query.dim() == 2 or m.batch_first else 0
@@ -365,7 +389,7 @@ def attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
 mac_rules[RemainingAttention] = attention_macs
 
 # %% ../../nbs/workshop/remaining.ipynb
-FRESH = {
+FRESH: dict[type, Any] = {
     nn.Linear: lambda: nn.Linear(1, 1, device="meta"),
     nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"),
     nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
@@ -505,7 +529,7 @@ def sliced(t: Tensor, left: dict[int, Tensor]) -> Tensor:
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../../nbs/workshop/remaining.ipynb
-def cut_out(new: nn.Module, gone: dict, names: dict[str, str]) -> None:
+def cut_out(new: nn.Module, gone: dict[str, np.ndarray], names: dict[str, str]) -> None:
     "Cut places, (name, axis) → bool, out of a copy's tensors, under all names that they have: see `first_names`."
     left = collections.defaultdict(dict)
     for (name, axis), here in gone.items():
@@ -517,7 +541,7 @@ def cut_out(new: nn.Module, gone: dict, names: dict[str, str]) -> None:
             setattr(new.get_submodule(owner), key, made[one])
 
 # %% ../../nbs/workshop/remaining.ipynb
-def whole(model: nn.Module, but: Iterable[str] = ()) -> dict:
+def whole(model: nn.Module, but: Iterable[str] = ()) -> dict[str, Any]:
     "Parameters that a copy need not copy: a memo for `copy.deepcopy`."
     return {id(p): p for n, p in model.named_parameters() if n not in but}
 

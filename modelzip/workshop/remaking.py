@@ -7,6 +7,7 @@ __all__ = ['MAX_PARTS', 'PUT_THERE', 'change_module', 'remade', 'otherwise', 'ch
 
 # %% ../../nbs/workshop/remaking.ipynb
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .models import carry_hooks
 def change_module(
     name: str,
     module: nn.Module,
-    entry: dict,  # {"attributes", "shapes"}
+    entry: dict[str, Any],  # {"attributes", "shapes"}
     add: bool = False,  # attributes may be new
 ) -> None:
     """Give a module other values of plain attributes, and hollow tensors of other shapes.
@@ -33,7 +34,7 @@ def change_module(
     ----------
     name : str
     module : nn.Module
-    entry : dict
+    entry : dict[str, Any]
         {"attributes", "shapes"}
     add : bool, default False
         attributes may be new
@@ -95,7 +96,7 @@ PUT_THERE = {"Identity", "Sequential", *HOMES_OF_LAYERS}  # by transformations o
 
 def remade(
     skeleton: nn.Module,  # hollow
-    kinds: dict,  # what differs, or all there is, from a file
+    kinds: dict[str, Any],  # what differs, or all there is, from a file
     strict: bool = False,  # a layer takes the place of one of its own class only, or of what transformations put there
     tensors: int = 2**40,  # that the file holds: no more can be in layers that are made
 ) -> nn.Module:  # changed in place, or what has replaced it
@@ -106,7 +107,7 @@ def remade(
     ----------
     skeleton : nn.Module
         hollow
-    kinds : dict
+    kinds : dict[str, Any]
         what differs, or all there is, from a file
     strict : bool, default False
         a layer takes the place of one of its own class only, or of what transformations put there
@@ -189,7 +190,7 @@ def _placed(skeleton, owner, child, here, made):
     return skeleton
 
 # %% ../../nbs/workshop/remaking.ipynb
-def otherwise(name: str, entry: dict, here: dict | None) -> PackError:
+def otherwise(name: str, entry: dict[str, Any], here: dict[str, Any] | None) -> PackError:
     "The error for a layer that is not what a file says."
     return PackError(
         f"the layer {ascii_name(name)[:80] or '(the model itself)'} was saved as {text_of(entry)}, and here it is"
@@ -199,14 +200,14 @@ def otherwise(name: str, entry: dict, here: dict | None) -> PackError:
 
 def check_kinds(
     model: nn.Module,
-    kinds: dict,  # of the whole model
+    kinds: dict[str, Any],  # of the whole model
 ) -> None:
     """`PackError` that names the first module which is not what a file says.
 
     Parameters
     ----------
     model : nn.Module
-    kinds : dict
+    kinds : dict[str, Any]
         of the whole model
     """
     have = kinds_of(model)
@@ -229,7 +230,7 @@ def check_kinds(
 
 def made_so(
     skeleton: nn.Module,
-    kinds: dict,  # of the whole model
+    kinds: dict[str, Any],  # of the whole model
     tensors: int = 2**40,
 ) -> nn.Module:
     """Make a model that somebody passes what a file says that it is, or refuse.
@@ -237,7 +238,7 @@ def made_so(
     Parameters
     ----------
     skeleton : nn.Module
-    kinds : dict
+    kinds : dict[str, Any]
         of the whole model
     tensors : int, default 2 ** 40
     """

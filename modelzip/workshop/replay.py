@@ -10,7 +10,7 @@ import itertools, math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -28,17 +28,24 @@ class Look(TorchFunctionMode):
     """Watches a model run on every batch: in which order layers are called, how often, on which inputs, and where
     each module's output is used."""
 
+    made: Any
+    number: Any
+    names: dict[int, str]
+    next: Any
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.names = {id(m): n for n, m in model.named_modules()}
-        self.runs: list[dict] = []  # of each batch: name → how often it is called, in the order of the first calls
+        self.runs: list[
+            dict[str, Any]
+        ] = []  # of each batch: name → how often it is called, in the order of the first calls
         self.running: list[str] = []  # modules at work, from outside in
-        self.input: dict[str, list] = {}  # name → number and version of what it was given, call by call
-        self.used_in: dict[str, set] = {}  # name → the modules at work wherever its output is used
+        self.input: dict[str, list[Any]] = {}  # name → number and version of what it was given, call by call
+        self.used_in: dict[str, set[Any]] = {}  # name → the modules at work wherever its output is used
         self.writers: set[str] = set()  # modules that write into their own attributes or buffers
         self.made, self.number, self.next = WeakIdKeyDictionary(), WeakIdKeyDictionary(), itertools.count()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             for maker in self.made.get(t, ()) if isinstance(t, Tensor) else ():
                 self.used_in[maker].add(tuple(self.running))
@@ -48,9 +55,19 @@ class Look(TorchFunctionMode):
         "How often a module is called, in each batch."
         return [run.get(name, 0) for run in self.runs]
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            "A hook: a module begins."
+            ...
+
+        def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            "A hook: a module ends."
+            ...
+
 # %% ../../nbs/workshop/replay.ipynb
 @patch
-def enter(self: Look, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def enter(self: Look, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     "A hook: a module begins."
     name, run = self.names[id(module)], self.runs[-1]
     run[name] = run.get(name, 0) + 1
@@ -63,7 +80,7 @@ def enter(self: Look, module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 @patch
-def leave(self: Look, module: nn.Module, args: tuple, output: Any) -> None:
+def leave(self: Look, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     "A hook: a module ends."
     name = self.names[id(module)]
     while self.running and self.running.pop() != name:
@@ -85,7 +102,7 @@ class Replay:
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         see `feed`
     look : Look | None, default None
         of another replay of the same model and batches
@@ -93,10 +110,18 @@ class Replay:
         name → where its rows are seen; None: whatever can be watched
     """
 
+    aliases: dict[str, list[str]]
+    asked: set[Any]
+    exchanged: Counter[Any]
+    look: Look
+    memory: dict[Any, Any]
+    points: dict[str, Point]
+    reasons: dict[str, str]
+
     def __init__(
         self,
         model: nn.Module,  # it is left as it is
-        batches: list,  # see `feed`
+        batches: list[Any],  # see `feed`
         look: Look | None = None,  # of another replay of the same model and batches
         points: dict[str, Point] | None = None,  # name → where its rows are seen; None: whatever can be watched
     ):
@@ -111,6 +136,70 @@ class Replay:
     @property
     def model(self) -> nn.Module:
         return self.twin.model
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        batches: list[Any]
+        now: int
+        twin: Twin
+
+        def looked(self) -> Look:
+            "Run every batch once, and note what happens."
+            ...
+
+        def stages(self, sources: dict[Any, Any]) -> list[list[Unit]]:
+            "What comes when. A layer that earlier batches did not call comes behind the one that is called before it."
+            ...
+
+        def same_input(self, name: str) -> tuple[Any, ...] | None:
+            """Equal for layers that see the same rows in every batch; None for those that are called more than once, or
+            look at more than one input."""
+            ...
+
+        def rows(self, stage: list[Unit], i: int) -> dict[str, list[Tensor]]:
+            "What the matrices of a stage are given in one batch."
+            ...
+
+        def put(self, name: str, new: nn.Module) -> None:
+            "Exchange a layer, under all its names."
+            ...
+
+        def changed(self, name: str) -> None:
+            "Go on from what a layer has become."
+            ...
+
+        def from_memory(self, module: nn.Module, name: str) -> dict[str, Any]:
+            """Make a module answer from a dict, which is filled as batches come by; not with objects that may change,
+            nor after work on its inputs in place."""
+            ...
+
+        def remember(self, done: set[str], chosen: list[str]) -> None:
+            "Let modules whose layers are all done answer from memory from now on; forget what is asked for no more."
+            ...
+
+        def finished(self, name: str, done: set[str], chosen: list[str]) -> bool:
+            """Whether a module gives what it will always give, and does nothing else; and does not answer from memory
+            yet."""
+            ...
+
+        def settled(self, name: str, done: set[str], chosen: list[str]) -> bool:
+            "Whether all that is called before a module, in any batch, is done or lies inside it."
+            ...
+
+        def forget(self) -> None:
+            "Empty the outputs all of whose uses lie inside modules that answer from memory."
+            ...
+
+        def in_order(
+            self,
+            sources: dict[Any, Any],
+            collector: Callable[[], Any],
+            places: Iterable[str],
+            before: Replay | None = None,
+            apart: bool = False,
+        ) -> Iterator[tuple[Unit, Any]]:
+            "What each unit is given by the model as it is by then."
+            ...
 
 # %% ../../nbs/workshop/replay.ipynb
 @patch
@@ -138,21 +227,21 @@ class Unit:
 
     Parameters
     ----------
-    ties : list
+    ties : list[Any]
         their keys, as `stages` was given them
-    sources : list
+    sources : list[Any]
         the names under which their rows are seen
     """
 
-    ties: list  # their keys, as `stages` was given them
-    sources: list  # the names under which their rows are seen
+    ties: list[Any]  # their keys, as `stages` was given them
+    sources: list[Any]  # the names under which their rows are seen
 
-    def joined(self, found: dict[str, list]) -> Tensor | None:
+    def joined(self, found: dict[str, list[Any]]) -> Tensor | None:
         "The rows of all places, of what `Replay.rows` gives; None when nobody called them."
         parts = self.calls(found)
         return torch.cat(parts, 1) if parts else None
 
-    def calls(self, found: dict[str, list]) -> list[Tensor]:
+    def calls(self, found: dict[str, list[Any]]) -> list[Tensor]:
         "The same, call by call."
         return [t for n in self.sources for t in found.get(n, ())]
 
@@ -160,13 +249,13 @@ class Unit:
 @patch
 def stages(
     self: Replay,
-    sources: dict,  # tie → the names under which its rows are seen, keys of `points`
+    sources: dict[Any, Any],  # tie → the names under which its rows are seen, keys of `points`
 ) -> list[list[Unit]]:  # what is done together, in the order of calls
     """What comes when. A layer that earlier batches did not call comes behind the one that is called before it.
 
     Parameters
     ----------
-    sources : dict
+    sources : dict[Any, Any]
         tie → the names under which its rows are seen, keys of `points`
 
     Returns
@@ -198,7 +287,7 @@ GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_m
 
 
 @patch
-def same_input(self: Replay, name: str) -> tuple | None:
+def same_input(self: Replay, name: str) -> tuple[Any, ...] | None:
     """Equal for layers that see the same rows in every batch; None for those that are called more than once, or
     look at more than one input."""
     m, calls = unwrapped(self.model.get_submodule(name)), self.look.calls(name)
@@ -336,7 +425,7 @@ def changed(
 
 # %% ../../nbs/workshop/replay.ipynb
 @patch
-def from_memory(self: Replay, module: nn.Module, name: str) -> dict:
+def from_memory(self: Replay, module: nn.Module, name: str) -> dict[str, Any]:
     """Make a module answer from a dict, which is filled as batches come by; not with objects that may change, nor
     after work on its inputs in place."""
     forward, outputs = module.forward, {}
@@ -446,8 +535,8 @@ def aligned(
 @patch
 def in_order(
     self: Replay,
-    sources: dict,  # see `stages`
-    collector: Callable,  # () → an object with `add(rows, original=None)`, one for each unit
+    sources: dict[Any, Any],  # see `stages`
+    collector: Callable[[], Any],  # () → an object with `add(rows, original=None)`, one for each unit
     places: Iterable[str],  # the layers that will be exchanged, one with several matrices several times
     before: Replay | None = None,  # the model as it was
     apart: bool = False,  # add the rows of each call by themselves; False: those of a batch together
@@ -458,9 +547,9 @@ def in_order(
 
     Parameters
     ----------
-    sources : dict
+    sources : dict[Any, Any]
         see `stages`
-    collector : Callable
+    collector : Callable[[], Any]
         () → an object with `add(rows, original=None)`, one for each unit
     places : Iterable[str]
         the layers that will be exchanged, one with several matrices several times

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 
@@ -96,6 +96,30 @@ class Report:
     def _repr_html_(self) -> str:
         return as_html(self)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def to_json(self) -> str:
+            "The report as JSON text, which `Report.from_json` reads."
+            ...
+
+        @classmethod
+        def from_json(cls, text: str) -> Report:
+            "Read a report back. A text that is none raises ValueError."
+            ...
+
+        def to_frame(self) -> Any:
+            "The report as a pandas DataFrame, one row a model. Needs `modelzip[frame]`."
+            ...
+
+        def pareto(self) -> Any:
+            """File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other
+            beats in both."""
+            ...
+
+        def to_html(self, path: str | os.PathLike[str], title: str = 'Smaller and faster, measured') -> Path:
+            "Write the table and the Pareto picture as one self-contained page without scripts."
+            ...
+
 # %% ../../nbs/workshop/reports.ipynb
 def times_as_text(x: float) -> str:
     "A factor: `0.97×`."
@@ -175,13 +199,13 @@ def as_html(report: Report) -> str:
 
 # %% ../../nbs/workshop/reports.ipynb
 def contest_as_text(
-    rows: Mapping,  # name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
+    rows: Mapping[str, Any],  # name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
 ) -> str:
     """A line for each contestant; t1 b8: one thread, batch 8.
 
     Parameters
     ----------
-    rows : Mapping
+    rows : Mapping[str, Any]
         name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
     """
     cells = [c for c in next(iter(rows.values())) if c.startswith("threads")]
@@ -264,7 +288,7 @@ def front_of(rows: Sequence[Measurement]) -> list[Measurement]:
     return front
 
 # %% ../../nbs/workshop/reports.ipynb
-def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+def label_points(ax: Any, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     "Write texts beside points so that they do not cover one another, as far as there is room."
     from matplotlib.transforms import ScaledTranslation  # loaded by whoever draws: it takes longer than all of this
 
@@ -295,7 +319,7 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
             )
 
 # %% ../../nbs/workshop/reports.ipynb
-def size_ticks(ax) -> None:
+def size_ticks(ax: Any) -> None:
     "Round numbers along a logarithmic axis, closer together when its range is narrow."
     low, high = ax.get_xlim()
     steps = (1, 2, 5) if high / low > 5 else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8)
@@ -368,7 +392,7 @@ def svg_of(fig: Any) -> str:
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
     "Write a text file in one step: a reader sees the old file or the new one, never a part."
     from modelzip.archive import replacing  # of a chapter to come
 

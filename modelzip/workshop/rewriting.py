@@ -9,6 +9,7 @@ __all__ = ['all_packed', 'copy_wrapper', 'copy_with', 'layout', 'layout_for', 'c
 # %% ../../nbs/workshop/rewriting.ipynb
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def copy_wrapper(wrapper: nn.Module) -> nn.Module:
 
 def copy_with(
     model: nn.Module,
-    replaced: dict,  # a layer, or its name → what stands in its place
+    replaced: dict[Any, nn.Module],  # a layer, or its name → what stands in its place
     kept: Iterable[Tensor] = (),  # tensors that are shared, not copied
     checked: bool = False,  # `check_ordinary` was called before
 ) -> nn.Module:
@@ -40,7 +41,7 @@ def copy_with(
     Parameters
     ----------
     model : nn.Module
-    replaced : dict
+    replaced : dict[Any, nn.Module]
         a layer, or its name → what stands in its place
     kept : Iterable[Tensor], default ()
         tensors that are shared, not copied
@@ -66,7 +67,7 @@ def copy_with(
     return memo.get(id(model)) or copied(model, memo, checked=True)
 
 # %% ../../nbs/workshop/rewriting.ipynb
-def layout(weight: Tensor, axis: int, group: int | None, per_channel: bool) -> dict:  # options of `quantize`
+def layout(weight: Tensor, axis: int, group: int | None, per_channel: bool) -> dict[str, Any]:  # options of `quantize`
     """One scale for each output channel, or for each group.
 
     Parameters
@@ -78,7 +79,7 @@ def layout(weight: Tensor, axis: int, group: int | None, per_channel: bool) -> d
 
     Returns
     -------
-    dict
+    dict[str, Any]
         options of `quantize`
     """
     if group is not None and per_channel is False:
@@ -88,30 +89,30 @@ def layout(weight: Tensor, axis: int, group: int | None, per_channel: bool) -> d
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
 
 
-def layout_for(layer: nn.Module, weight: Tensor, group: int | None, per_channel: bool) -> dict:
+def layout_for(layer: nn.Module, weight: Tensor, group: int | None, per_channel: bool) -> dict[str, Any]:
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
     return layout(weight, outputs_of(innermost(layer)).get("weight", 0), group, per_channel)
 
 # %% ../../nbs/workshop/rewriting.ipynb
 def compress_matrix(
-    f: Callable,  # such as `quantize`
+    f: Callable[..., Any],  # such as `quantize`
     name: str,  # with which errors begin
     weight: Tensor,
     axis: int,  # of its outputs
-    options: dict,  # group, per_channel, and what f takes
-):
+    options: dict[str, Any],  # group, per_channel, and what f takes
+) -> Any:
     """f of a matrix, with one scale for each output channel or for each group; errors begin with its name.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         such as `quantize`
     name : str
         with which errors begin
     weight : Tensor
     axis : int
         of its outputs
-    options : dict
+    options : dict[str, Any]
         group, per_channel, and what f takes
     """
     how = dict(options)
@@ -165,13 +166,15 @@ def _all_matrices(layer: nn.Module) -> list[str]:
     return [k for k in outputs_of(layer) if there(k)] or ["weight"]
 
 # %% ../../nbs/workshop/rewriting.ipynb
-def plain_layer(layer: Wrapper, expanded: dict) -> nn.Module:  # expanded: id of a `Packed` → its parameter; is filled
+def plain_layer(
+    layer: Wrapper, expanded: dict[int, nn.Parameter]
+) -> nn.Module:  # expanded: id of a `Packed` → its parameter; is filled
     """The ordinary layer with expanded weights, which shares all else with the one inside; tied weights stay tied.
 
     Parameters
     ----------
     layer : Wrapper
-    expanded : dict
+    expanded : dict[int, nn.Parameter]
 
     Returns
     -------

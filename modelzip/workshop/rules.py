@@ -10,7 +10,7 @@ __all__ = ['Tried', 'tried', 'constant', 'foreign', 'along_one_axis', 'limited',
 # %% ../../nbs/workshop/rules.ipynb
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .operations import name_of, tensors_of
 class Tried(nn.Module):
     "A layer that makes channels, something that is tried, and a layer that reads all that comes out."
 
-    def __init__(self, f: Callable, makes: nn.Module, x: Tensor):
+    def __init__(self, f: Callable[..., Any], makes: nn.Module, x: Tensor):
         super().__init__()
         self.f, self.makes = f, makes
         with torch.no_grad():
@@ -33,9 +33,15 @@ class Tried(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.reads(self.f(self.makes(x)).flatten(1))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: Callable[..., Any]
+        makes: nn.Module
+        reads: nn.Linear
+
 # %% ../../nbs/workshop/rules.ipynb
 def tried(
-    f: Callable,  # an operation, or a layer
+    f: Callable[..., Any],  # an operation, or a layer
     may_go: int,  # channels, or sets of them, of the eight that are made
     makes: nn.Module | None = None,  # what makes them; None: a convolution
     x: Tensor | None = None,  # its input
@@ -44,7 +50,7 @@ def tried(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         an operation, or a layer
     may_go : int
         channels, or sets of them, of the eight that are made
@@ -64,7 +70,7 @@ def tried(
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule(*"zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
-def constant(t: Trace, f: Callable, output: Tensor, *args, **kwargs) -> Marks:
+def constant(t: Trace, f: Callable[..., Any], output: Tensor, *args: Any, **kwargs: Any) -> Marks:
     "One number everywhere."
     return Marks(tuple(output.shape), free=True)
 
@@ -73,7 +79,7 @@ def constant(t: Trace, f: Callable, output: Tensor, *args, **kwargs) -> Marks:
     *"""arange linspace logspace tensor as_tensor eye rand randn randint rand_like randn_like bernoulli normal uniform
     from_numpy scalar_tensor empty_strided manual_seed tril_indices triu_indices meshgrid""".split()
 )
-def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks] | None:
+def foreign(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> list[Marks] | None:
     "Numbers from elsewhere. (Such as may be the very tensor that went in are left to what has no rule.)"
     if any(t.marks(x).blocks for x in tensors_of((args, kwargs))):
         return None
@@ -81,7 +87,9 @@ def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks] 
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule(*"argmax argmin argsort sort topk cumsum cumprod softmax log_softmax softmin gumbel_softmax logsumexp".split())
-def along_one_axis(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
+def along_one_axis(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks]:
     "All elements along one axis are seen together: its size matters."
     m, name = t.marks(input), name_of(f)
     given = args[name == "topk" :]  # the first argument of topk is a number of elements
@@ -96,7 +104,7 @@ def along_one_axis(t: Trace, f: Callable, output: Any, input: Tensor, *args, **k
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold")
-def limited(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> Marks | None:
+def limited(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Marks | None:
     "Element by element, between limits."
     if tensors_of((args, kwargs)):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -108,7 +116,9 @@ def limited(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwarg
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("max", "min")
-def extreme(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks] | Marks:
+def extreme(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | Marks:
     "Of two tensors, element by element, or along an axis."
     two = args and isinstance(args[0], Tensor)
     return (mixed if two else reduction)(t, f, output, input, *args, **kwargs)
@@ -118,7 +128,7 @@ rule("nanmean", "std_mean")(reduction)
 
 
 @rule("normalize")
-def normalized(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> Marks:
+def normalized(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Marks:
     "Each vector divided by its norm."
     m = t.marks(input)
     x = replace(m, blocks=dict(m.blocks))
@@ -134,7 +144,7 @@ def normalized(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kw
     upsample adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d""".split()
 )
-def pooling(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
+def pooling(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Positions are combined, channels are not."
     x, name = t.marks(input), name_of(f)
     spatial = int(name[-2]) if name[-1] == "d" else input.dim() - 2
@@ -145,7 +155,13 @@ def pooling(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("pad")
 def padded(
-    t: Trace, f: Callable, output: Tensor, input: Tensor, pad, mode: str = "constant", value: float | None = None
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    pad: Any,
+    mode: str = "constant",
+    value: float | None = None,
 ) -> Marks | None:
     "What is added has a fixed size."
     x, last = t.marks(input), input.dim() - 1
@@ -163,7 +179,7 @@ def contract(
     letters: list[str],  # of the axes of each tensor
     result: str,  # of the axes of the result
     tensors: list[Tensor],
-    shape: tuple,
+    shape: tuple[int, ...],
 ) -> Marks:
     """A sum of products: axes of one letter go together, and carry on into the result.
 
@@ -175,7 +191,7 @@ def contract(
     result : str
         of the axes of the result
     tensors : list[Tensor]
-    shape : tuple
+    shape : tuple[int, ...]
     """
     marks = [t.marks(x) for x in tensors]
     for letter in sorted(set("".join(letters))):
@@ -206,7 +222,7 @@ def same_letter(ties: Any, marks: list[Marks], letters: list[str], letter: str, 
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("matmul", "bmm", "mm", "mv", "dot")
-def product(t: Trace, f: Callable, output: Tensor, input: Tensor, other: Tensor) -> Marks | None:
+def product(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, other: Tensor) -> Marks | None:
     "Matrices, possibly many of them."
     if input.dim() < 2 or other.dim() < 2:
         return None
@@ -220,7 +236,15 @@ def product(t: Trace, f: Callable, output: Tensor, input: Tensor, other: Tensor)
 # %% ../../nbs/workshop/rules.ipynb
 @rule("baddbmm", "addmm")
 def product_plus(
-    t: Trace, f: Callable, output: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta=1, alpha=1
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
 ) -> Marks:
     "A matrix product, added to something."
     out = product(t, f, output, batch1, batch2)
@@ -228,7 +252,7 @@ def product_plus(
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("einsum")
-def einstein(t: Trace, f: Callable, output: Tensor, equation: str, *operands) -> Marks | None:
+def einstein(t: Trace, f: Callable[..., Any], output: Tensor, equation: str, *operands: Tensor) -> Marks | None:
     "Any sum of products, as its letters say."
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     sides = equation.replace(" ", "").split("->")
@@ -238,7 +262,7 @@ def einstein(t: Trace, f: Callable, output: Tensor, equation: str, *operands) ->
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("pixel_shuffle")
-def pixels(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> list[Marks]:
+def pixels(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Channels become positions, whose number stays."
     outs = moved(t, f, output, input, *args, **kwargs)
     for axis in -1, -2:
@@ -247,13 +271,15 @@ def pixels(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs
 
 
 @rule("unfold")
-def unfolded(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> list[Marks] | None:
+def unfolded(
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | None:
     "`Tensor.unfold` moves elements; `F.unfold` does not take whole numbers, so nobody can see where they go."
     return None if f is torch.nn.functional.unfold else moved(t, f, output, input, *args, **kwargs)
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("cat", "stack")
-def joined(t: Trace, f: Callable, output: Tensor, tensors: Any, dim: int = 0, **kwargs) -> Marks:
+def joined(t: Trace, f: Callable[..., Any], output: Tensor, tensors: Any, dim: int = 0, **kwargs: Any) -> Marks:
     "Along the axis of the joint the channels lie one behind the other; along the others they go together."
     dim %= output.dim()
     empty = lambda m: name_of(f) != "stack" and (m.shape == (0,) or m.shape[dim] == 0)
@@ -275,7 +301,7 @@ def joined(t: Trace, f: Callable, output: Tensor, tensors: Any, dim: int = 0, **
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("hstack", "vstack")
-def joined_by_name(t: Trace, f: Callable, output: Tensor, tensors: Any) -> Marks | None:
+def joined_by_name(t: Trace, f: Callable[..., Any], output: Tensor, tensors: Any) -> Marks | None:
     "Along axis 1, or along axis 0. (Rows without columns become such first: nobody knows them.)"
     if any(x.dim() < 2 for x in tensors):
         return None
@@ -289,14 +315,14 @@ def raised(m: Marks, dim: int) -> Marks:
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("glu")
-def gated(t: Trace, f: Callable, output: Tensor, input: Tensor, dim: int = -1) -> Marks:
+def gated(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, dim: int = -1) -> Marks:
     "One half opens and closes the other."
     half = moved(t, torch.chunk, torch.chunk(input, 2, dim), input, 2, dim)[0]
     return Marks(tuple(output.shape), half.blocks, half.zero)
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("channel_shuffle", "native_channel_shuffle")
-def shuffled(t: Trace, f: Callable, output: Tensor, input: Tensor, groups: int) -> Marks:
+def shuffled(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, groups: int) -> Marks:
     "Every group loses the same."
     m = t.marks(input)
     if (labels := isolate(t.ties, m, 1)) is not None:
@@ -305,6 +331,6 @@ def shuffled(t: Trace, f: Callable, output: Tensor, input: Tensor, groups: int) 
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("set")
-def written(t: Trace, f: Callable, output: Any, *args, **kwargs) -> None:
+def written(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> None:
     "It is not known what it has become."
     return None

@@ -25,16 +25,16 @@ from .tracing import is_attention
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Tensor,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride=1,
-    padding=0,
-    output_padding=0,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
     groups: int = 1,
-    dilation=1,
+    dilation: Any = 1,
 ) -> Marks:
     "A convolution with rows and columns exchanged; groups go as a whole."
     x, w, ties = t.marks(input), t.marks(weight), t.ties
@@ -52,7 +52,9 @@ def transposed(
 
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("embedding", "embedding_bag")
-def embedding(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor, *args, **kwargs) -> Marks | None:
+def embedding(
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+) -> Marks | None:
     "Rows are looked up by number (and summed, in a bag), so they stay; columns are channels."
     if input.is_floating_point():  # torch.embedding_bag(weight, numbers, offsets)
         return None
@@ -65,7 +67,7 @@ def embedding(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tens
 
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("prelu")
-def prelu(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor) -> Marks:
+def prelu(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor) -> Marks:
     "One slope for all, or one a channel."
     x = t.marks(input)
     if weight.numel() > 1:
@@ -78,7 +80,7 @@ def prelu(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor) 
 @rule("group_norm")
 def norm_of_groups(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Tensor,
     input: Tensor,
     num_groups: int,
@@ -103,7 +105,7 @@ def norm_of_groups(
 @rule("layer_norm")
 def norm_of_places(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Tensor,
     input: Tensor,
     normalized_shape: Any,
@@ -120,7 +122,7 @@ def norm_of_places(
 @rule("rms_norm")
 def norm_of_squares(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Tensor,
     input: Tensor,
     normalized_shape: Any,
@@ -156,7 +158,9 @@ def over_channels(t: Trace, x: Marks, axes: int, kind: type, parameters: list[Te
 
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(t: Trace, f: Callable, output: Any, input: Tensor, hx: Any, params: Any, *args) -> list[Marks] | None:
+def recurrent(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, hx: Any, params: Any, *args: Any
+) -> list[Marks] | None:
     """A unit of the hidden state has a row in each gate, a column in the matrix of the state, and a place in what
     is read next."""
     m, x, ties = t.modules.get(t.path[-1]), t.marks(input), t.ties
@@ -198,7 +202,14 @@ def first_state(ties: Any, state: Marks, units: np.ndarray) -> None:
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("pack_padded_sequence", "pad_packed_sequence")
 def packed(
-    t: Trace, f: Callable, output: Any, input: Tensor, lengths: Tensor, first: bool = False, padding: float = 0.0, *args
+    t: Trace,
+    f: Callable[..., Any],
+    output: Any,
+    input: Tensor,
+    lengths: Tensor,
+    first: bool = False,
+    padding: float = 0.0,
+    *args: Any,
 ) -> list[Marks]:
     "Sequences of different lengths, one behind the other, and back."
     x = t.marks(input)
@@ -212,7 +223,7 @@ def packed(
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent_cell(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Any,
     input: Tensor,
     hx: Any,
@@ -234,7 +245,7 @@ def recurrent_cell(
 @rule("scaled_dot_product_attention")
 def attention(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -273,23 +284,23 @@ def several(m: Marks, heads: int) -> Marks:
 @rule("multi_head_attention_forward")
 def multi_head(
     t: Trace,
-    f: Callable,
+    f: Callable[..., Any],
     output: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight,
-    in_proj_bias,
-    bias_k,
-    bias_v,
-    add_zero_attn,
-    dropout_p,
-    out_proj_weight,
-    out_proj_bias,
-    *args,
-    **kwargs,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> list[Marks] | None:
     "PyTorch's own attention: a head is its rows in three matrices and its columns in the fourth."
     ties = t.ties

@@ -10,7 +10,7 @@ import asyncio, copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -26,7 +26,7 @@ def _tensor(x: Any) -> Tensor:
         raise TypeError(f"x holds a {type(x).__name__}, which is no tensor and cannot become one: {e}") from None
 
 
-def as_sample(x: Any) -> tuple[Any, tuple]:
+def as_sample(x: Any) -> tuple[Any, tuple[Any, ...]]:
     "A sample as tensors, and the key that is the same for all that it can be stacked with."
     if isinstance(x, Mapping):
         if odd := [k for k in x if not isinstance(k, str)]:
@@ -40,7 +40,7 @@ def as_sample(x: Any) -> tuple[Any, tuple]:
     return x, tuple((k, t.shape, t.dtype, t.device) for k, t in parts)
 
 # %% ../../nbs/workshop/runner.ipynb
-def stacked(samples: list) -> Any:
+def stacked(samples: list[Any]) -> Any:
     "One batch from samples of equal shapes: a tensor, a tuple or a dict like each of them."
     first = samples[0]
     if isinstance(first, dict):
@@ -50,13 +50,13 @@ def stacked(samples: list) -> Any:
     return torch.stack(samples) if len(samples) > 1 else first[None].clone()  # the model may write into its batch
 
 
-def call_with(model: Callable, batch: Any) -> Any:
+def call_with(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 # %% ../../nbs/workshop/runner.ipynb
-def split_answers(y: Any, n: int) -> list:
+def split_answers(y: Any, n: int) -> list[Any]:
     "The answers to n samples from a model's output for their batch."
     if isinstance(y, Tensor):
         if y.dim() == 0 or len(y) != n:
@@ -89,32 +89,39 @@ class Runner:
 
     Parameters
     ----------
-    model : Callable
+    model : Callable[..., Any]
         an nn.Module, which is copied but for its tensors, or any function of a batch
     exact : bool, default True
         answers as if each sample were alone
-    collate : Callable | None, default None
+    collate : Callable[[list[Any]], Any] | None, default None
         makes a batch from a list of samples; None: stack them
     """
 
+    model: Any
+    collate: Callable[[list[Any]], Any]
+    careful: bool
+    mixing: set[Any]
+    batches: Counter[Any]
+    compared: Counter[Any]
+
     def __init__(
         self,
-        model: Callable,  # an nn.Module, which is copied but for its tensors, or any function of a batch
+        model: Callable[..., Any],  # an nn.Module, which is copied but for its tensors, or any function of a batch
         exact: bool = True,  # answers as if each sample were alone
-        collate: Callable | None = None,  # makes a batch from a list of samples; None: stack them
+        collate: Callable[[list[Any]], Any] | None = None,  # makes a batch from a list of samples; None: stack them
     ):
         self.model, self.exact, self.collate = serving_copy(model), exact, collate or stacked
         self.careful = self.model is not model  # its layers are
         self.compared, self.batches, self.mixing = Counter(), Counter(), set()
 
-    def batch(self, samples: list) -> list:
+    def batch(self, samples: list[Any]) -> list[Any]:
         "Answers from one call of the model."
         return split_answers(call_with(self.model, self.collate(samples)), len(samples))
 
     def alone(self, sample: Any) -> Any:
         return self.batch([sample])[0]
 
-    def for_another(self, model: Callable) -> "Runner":
+    def for_another(self, model: Callable[..., Any]) -> "Runner":
         """For another thread: what it knows is shared, and the tensors; what a model keeps in attributes while it
         runs is not."""
         other = copy.copy(self)
@@ -122,9 +129,29 @@ class Runner:
             other.model = serving_copy(model)
         return other
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        exact: bool
+
+        def as_alone(self, samples: list[Any]) -> list[Any]:
+            "Answers from one call that leaves every sample its own products."
+            ...
+
+        def checked(self, samples: list[Any], kind: tuple[Any, ...]) -> list[Any]:
+            "Serial answers, after which it is known whether this kind of sample may share a batch."
+            ...
+
+        def answers(self, samples: list[Any]) -> list[Any]:
+            "Answers to several samples, however they may be computed."
+            ...
+
+        def __call__(self, samples: list[Any]) -> list[tuple[bool, Any]]:
+            "For each sample (True, answer) or (False, error)."
+            ...
+
 # %% ../../nbs/workshop/runner.ipynb
 @patch
-def as_alone(self: Runner, samples: list) -> list:
+def as_alone(self: Runner, samples: list[Any]) -> list[Any]:
     "Answers from one call that leaves every sample its own products."
     if not self.careful:
         with AsAlone(len(samples)):
@@ -137,7 +164,7 @@ def as_alone(self: Runner, samples: list) -> list:
 
 
 @patch
-def checked(self: Runner, samples: list, kind: tuple) -> list:
+def checked(self: Runner, samples: list[Any], kind: tuple[Any, ...]) -> list[Any]:
     "Serial answers, after which it is known whether this kind of sample may share a batch."
     answers = [self.alone(s) for s in samples]
     try:
@@ -151,7 +178,7 @@ def checked(self: Runner, samples: list, kind: tuple) -> list:
 
 # %% ../../nbs/workshop/runner.ipynb
 @patch
-def answers(self: Runner, samples: list) -> list:
+def answers(self: Runner, samples: list[Any]) -> list[Any]:
     "Answers to several samples, however they may be computed."
     if not self.exact:
         return self.batch(samples)
@@ -164,7 +191,7 @@ def answers(self: Runner, samples: list) -> list:
 
 # %% ../../nbs/workshop/runner.ipynb
 @patch
-def __call__(self: Runner, samples: list) -> list[tuple[bool, Any]]:
+def __call__(self: Runner, samples: list[Any]) -> list[tuple[bool, Any]]:
     "For each sample (True, answer) or (False, error)."
     if len(samples) > 1:
         try:
@@ -174,7 +201,7 @@ def __call__(self: Runner, samples: list) -> list[tuple[bool, Any]]:
     return [attempted(self.alone, s) for s in samples]
 
 
-def attempted(f: Callable, x: Any) -> tuple[bool, Any]:
+def attempted(f: Callable[..., Any], x: Any) -> tuple[bool, Any]:
     try:
         return True, f(x)
     except (StopIteration, CancelledError, asyncio.CancelledError) as e:  # which would tell the caller something else

@@ -8,7 +8,7 @@ __all__ = ['warm', 'Running', 'watched', 'run', 'same_steps', 'keep_uncalled', '
 # %% ../../nbs/workshop/runs.ipynb
 import collections
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from .models import call, copied, output_tensors
 from .rehearsal import larger, own_copy, ready, same_draws
 
 # %% ../../nbs/workshop/runs.ipynb
-def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluation mode
+def warm(model: nn.Module, examples: list[Any]) -> nn.Module:  # a copy, in evaluation mode
     """What is made in the first call, such as a grid of positions, belongs to the model from then on.
 
     Parameters
     ----------
     model : nn.Module
-    examples : list
+    examples : list[Any]
 
     Returns
     -------
@@ -46,6 +46,8 @@ def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluatio
 class Running:
     "A block in which a mode knows which module is running."
 
+    hooks: list[Any]
+
     def __init__(self, model: nn.Module, mode: Any):
         self.model, self.mode, mode.path[:] = model, mode, [""]
 
@@ -60,9 +62,14 @@ class Running:
             ]
         return self.mode
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         for h in self.hooks:
             h.remove()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        mode: Any
 
 # %% ../../nbs/workshop/runs.ipynb
 def watched(t: Any, model: nn.Module, example: Any) -> Any:
@@ -78,7 +85,7 @@ def run(
     model: nn.Module,
     example: Any,
     training: bool,
-    keep: Callable,  # called with each output that is a floating tensor
+    keep: Callable[..., Any],  # called with each output that is a floating tensor
 ) -> None:
     """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried
     with two of it; if this does not help either, nothing is said of its training.
@@ -90,7 +97,7 @@ def run(
     model : nn.Module
     example : Any
     training : bool
-    keep : Callable
+    keep : Callable[..., Any]
         called with each output that is a floating tensor
     """
     first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]

@@ -52,7 +52,7 @@ class Work:
         leave as floats what PyTorch computes quicker so, on the example
     folder : Path | None, default None
         for files that do not fit in memory twice
-    made : dict, default field(default_factory=dict, repr=False)
+    made : dict[Any, Any], default field(default_factory=dict, repr=False)
         what is made once
     """
 
@@ -65,9 +65,9 @@ class Work:
     form: str = "qdq"  # of layers of known range
     measured: bool = False  # leave as floats what PyTorch computes quicker so, on the example
     folder: Path | None = None  # for files that do not fit in memory twice
-    made: dict = field(default_factory=dict, repr=False)  # what is made once
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)  # what is made once
 
-    def once(self, key: Any, make: Callable) -> Any:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
         "What is made when it is first asked for; an error is made once, too."
         if key not in self.made:
             try:
@@ -182,14 +182,14 @@ def size_of(file: bytes | Path) -> int:
 
 def keep(
     work: Work,
-    path: str | os.PathLike,  # where it appears, whole or not at all
+    path: str | os.PathLike[str],  # where it appears, whole or not at all
 ) -> Path:
     """Write a graph to where somebody wants it.
 
     Parameters
     ----------
     work : Work
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         where it appears, whole or not at all
     """
     path, file = Path(path), file_of(work)
@@ -205,7 +205,7 @@ def keep(
 # %% ../../nbs/workshop/runtimes.ipynb
 def agrees(
     work: Work,
-    run: Callable,  # of tensors, to a tuple of tensors
+    run: Callable[..., Any],  # of tensors, to a tuple of tensors
     engine: str,  # its name, for the error
 ) -> None:
     """`ValueError` where an engine computes something else than the model.
@@ -213,7 +213,7 @@ def agrees(
     Parameters
     ----------
     work : Work
-    run : Callable
+    run : Callable[..., Any]
         of tensors, to a tuple of tensors
     engine : str
         its name, for the error
@@ -228,19 +228,19 @@ def agrees(
 
 def shaped(
     work: Work,
-    run: Callable,  # of tensors, to a tuple of tensors
-) -> Callable:  # of tensors, to what the model puts out
+    run: Callable[..., Any],  # of tensors, to a tuple of tensors
+) -> Callable[..., Any]:  # of tensors, to what the model puts out
     """A function that gives the structure and the types of the model's output.
 
     Parameters
     ----------
     work : Work
-    run : Callable
+    run : Callable[..., Any]
         of tensors, to a tuple of tensors
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         of tensors, to what the model puts out
     """
     rebuild, kinds, sizes = work.layout.rebuild, work.layout.kinds, work.made.get("sizes", {})
@@ -268,23 +268,23 @@ class Engine:
     Parameters
     ----------
     name : str
-    start : Callable[[Work], Callable]
+    start : Callable[[Work], Callable[..., Any]]
         gives a function of the example's tensors
     kernels : bool, default False
         integer products when nothing is said
-    forms : tuple, default ()
+    forms : tuple[str, ...], default ()
         of layers of known range that are worth trying; () for an engine that reads no file
-    precisions : tuple, default ('f32',)
+    precisions : tuple[str, ...], default ('f32',)
         that it knows
     said : str, default ''
         its first line
     """
 
     name: str
-    start: Callable[[Work], Callable]  # gives a function of the example's tensors
+    start: Callable[[Work], Callable[..., Any]]  # gives a function of the example's tensors
     kernels: bool = False  # integer products when nothing is said
-    forms: tuple = ()  # of layers of known range that are worth trying; () for an engine that reads no file
-    precisions: tuple = ("f32",)  # that it knows
+    forms: tuple[str, ...] = ()  # of layers of known range that are worth trying; () for an engine that reads no file
+    precisions: tuple[str, ...] = ("f32",)  # that it knows
     said: str = ""  # its first line
 
 
@@ -332,19 +332,19 @@ def engine_named(name: str) -> Engine:
 # %% ../../nbs/workshop/runtimes.ipynb
 def threaded(
     work: Work,
-    model: Callable,  # called as the layout says
-) -> Callable:  # of tensors
+    model: Callable[..., Any],  # called as the layout says
+) -> Callable[..., Any]:  # of tensors
     """A model of this process, with as many threads as were asked for.
 
     Parameters
     ----------
     work : Work
-    model : Callable
+    model : Callable[..., Any]
         called as the layout says
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         of tensors
     """
     layout, n = work.layout, work.threads
@@ -411,23 +411,23 @@ def _onnxruntime(work):
     return shaped(work, run)
 
 # %% ../../nbs/workshop/runtimes.ipynb
-HINTS = {
+HINTS: dict[str, Any] = {
     "f32": {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
 }
 
 
 def openvino_model(
-    file: bytes | str | os.PathLike,  # content of an ONNX file, or the path of one, or of an .xml
+    file: bytes | str | os.PathLike[str],  # content of an ONNX file, or the path of one, or of an .xml
     threads: int,  # of each call
     callers: int = 1,  # at one time
     precision: str = "f32",
-) -> Callable:  # of tensors by name, to tensors
+) -> Callable[..., Any]:  # of tensors by name, to tensors
     """A file as a function, computed by OpenVINO.
 
     Parameters
     ----------
-    file : bytes | str | os.PathLike
+    file : bytes | str | os.PathLike[str]
         content of an ONNX file, or the path of one, or of an .xml
     threads : int
         of each call
@@ -437,7 +437,7 @@ def openvino_model(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         of tensors by name, to tensors
     """
     vino = need("openvino", "openvino")
@@ -450,7 +450,7 @@ def openvino_model(
         raise ValueError(f"OpenVINO cannot read the graph: {first_line(e, 'Check')}") from e
     ports = {n: i for i, port in enumerate(compiled.inputs) for n in port.get_names()}
 
-    def run(tensors: dict) -> list[Tensor]:
+    def run(tensors: dict[str, Any]) -> list[Tensor]:
         if (request := getattr(own, "request", None)) is None:
             request = own.request = compiled.create_infer_request()
         fed = {ports[n]: t.contiguous().numpy() for n, t in tensors.items() if n in ports}
@@ -472,14 +472,14 @@ def _openvino(work):
 # %% ../../nbs/workshop/runtimes.ipynb
 def keep_openvino(
     work: Work,
-    path: str | os.PathLike,  # that of the .xml; the .bin lies beside it
+    path: str | os.PathLike[str],  # that of the .xml; the .bin lies beside it
 ) -> Path:
     """Write a model in OpenVINO's format. `ValueError` where what is read back computes something else.
 
     Parameters
     ----------
     work : Work
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         that of the .xml; the .bin lies beside it
     """
     vino, path, file, names = need("openvino", "openvino"), Path(path), file_of(work), work.layout.names

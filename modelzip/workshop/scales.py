@@ -9,6 +9,7 @@ __all__ = ['scale_of', 'rounded', 'fitted_scales', 'scaled_back', 'matrices_for'
 # %% ../../nbs/workshop/scales.ipynb
 import math
 from dataclasses import replace
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -300,6 +301,13 @@ class Blocks:
         that takes; 256 at most, so rows that reach further have a larger one
     """
 
+    weight: Tensor
+    bits: int
+    group: int | None
+    levels: int
+    symmetric: bool
+    where: dict[str, Any]
+
     def __init__(
         self,
         weight: Tensor,
@@ -335,6 +343,40 @@ class Blocks:
         "What is known of each block beside each of its weights."
         run = self.group or self.weight.numel() // self.weight.shape[self.axis]
         return from_blocks(t.reshape(-1, 1).to(dtype).expand(-1, run), self.weight.shape, **self.where)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        columns: Tensor | None
+        axis: int
+        spacing: float | None
+
+        def seen(self, statistics: LayerStatistics | None) -> LayerStatistics | None:
+            "What the layer sees behind its column scales: H → diag(c) H diag(c)."
+            ...
+
+        def counted(self, importance: Tensor) -> Tensor:
+            "Importance in blocks; what fills up a short last group counts nothing."
+            ...
+
+        def kept(self, scale: Tensor, blocks: Tensor | None = None) -> Tensor:
+            "Scales rounded to what a file will hold; 0 where no code says zero and nothing else is there."
+            ...
+
+        def scales(self, statistics: LayerStatistics | None = None, steps: int = 36) -> tuple[Tensor, Tensor]:
+            "The scales of least squared error, each error counted H_jj times."
+            ...
+
+        def nearest(self, scale: Tensor, zero: Tensor) -> QTensor:
+            "Nearest codes for scales that are known; where a scale is 0 so is the block."
+            ...
+
+        def packed(self, codes: Tensor, scale: Tensor, zero: Tensor) -> QTensor:
+            "Codes that a method has chosen, [outputs, inputs]."
+            ...
+
+        def stored(self, codes: Tensor, scale: Tensor, zero: Tensor) -> QTensor:
+            "The same of codes that lie as the weight does."
+            ...
 
 # %% ../../nbs/workshop/scales.ipynb
 @patch

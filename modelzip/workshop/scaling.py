@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -203,6 +203,12 @@ class Scaling:
             f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
         )
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def plot(self, axes: Any = None) -> Any:
+            "Left: samples a second over workers. Right: what they cost in waiting."
+            ...
+
 # %% ../../nbs/workshop/scaling.ipynb
 @patch
 def plot(self: Scaling, axes: Any = None) -> Any:
@@ -226,7 +232,9 @@ def plot(self: Scaling, axes: Any = None) -> Any:
     return left, right
 
 # %% ../../nbs/workshop/scaling.ipynb
-def _measure_way(model: Callable, batches: list, workers: int, intra_op: int, calls: int) -> tuple[float, float]:
+def _measure_way(
+    model: Callable[..., Any], batches: list[Any], workers: int, intra_op: int, calls: int
+) -> tuple[float, float]:
     "Calls a second, and the median milliseconds of one."
 
     def timed(batch):
@@ -239,7 +247,7 @@ def _measure_way(model: Callable, batches: list, workers: int, intra_op: int, ca
     return calls / (time.perf_counter() - start), statistics.median(times)
 
 
-def cut_batches(data: Any, size: int, most: int = 16) -> list:
+def cut_batches(data: Any, size: int, most: int = 16) -> list[Any]:
     "A few batches of one size, cut from tensors whose first dimension counts samples."
     data = data if isinstance(data, (tuple, dict)) else (data.x if hasattr(data, "x") else data,)
     n = len(next(iter(data.values())) if isinstance(data, dict) else data[0])
@@ -248,7 +256,7 @@ def cut_batches(data: Any, size: int, most: int = 16) -> list:
 
 # %% ../../nbs/workshop/scaling.ipynb
 def scaling(
-    model: Callable,  # called with batches, from several threads
+    model: Callable[..., Any],  # called with batches, from several threads
     data: Any,  # samples: a tensor [n, …], a tuple or dict of them, or a `Split`
     threads: Sequence[int] = (1, 2),  # numbers of workers; the first is what speed-ups refer to, so let it be 1
     batches: Sequence[int] = (1, 8, 64),  # batch sizes
@@ -262,7 +270,7 @@ def scaling(
 
     Parameters
     ----------
-    model : Callable
+    model : Callable[..., Any]
         called with batches, from several threads
     data : Any
         samples: a tensor [n, …], a tuple or dict of them, or a `Split`
@@ -302,7 +310,9 @@ def scaling(
     return Scaling([_way_of(way, found, ways[0], threads[0]) for way in ways])
 
 # %% ../../nbs/workshop/scaling.ipynb
-def _scaling_rounds(model, cut, ways, rounds, seconds, draw, progress) -> dict[tuple, list[tuple[float, float]]]:
+def _scaling_rounds(
+    model, cut, ways, rounds, seconds, draw, progress
+) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
     "Way → (calls a second, milliseconds) in each round."
     calls, found = {}, {way: [] for way in ways}
     for way in ways:
@@ -315,7 +325,7 @@ def _scaling_rounds(model, cut, ways, rounds, seconds, draw, progress) -> dict[t
     return found
 
 
-def _way_of(way: tuple, found: dict, first: tuple, one: int) -> Way:
+def _way_of(way: tuple[Any, ...], found: dict[Any, Any], first: tuple[Any, ...], one: int) -> Way:
     "A row of the table, with ratios taken round by round."
     (w, i, b), rates = way, {k: [rate * k[2] for rate, _ in v] for k, v in found.items()}
     ratio = lambda other: spread(a / c for a, c in zip(rates[way], rates[other]))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from .models import call, copied
 from .terminal import tell
 
 # %% ../../nbs/workshop/search.ipynb
-def _said(menu: Menu, picks: list[int], trellis: float | None) -> dict:
+def _said(menu: Menu, picks: list[int], trellis: float | None) -> dict[str, Any]:
     "What most tensors have, and by name what the others have: arguments of `gptq`, `trellis`, `hqq` or `prepare`."
     spaced = any("spacing" in menu.options[p] for p in picks)
     how = lambda o: (
@@ -53,7 +53,7 @@ def recipe_of(
     menu: Menu,
     picks: list[int],  # of `Menu.pick`
     samples: Samples,  # which decide how it is done
-    before: Sequence = (),  # steps that come first
+    before: Sequence[Any] = (),  # steps that come first
     epochs: int = 4,  # of training through pruning, and as many through rounding
     lr: float = 1e-3,  # highest learning rate
     seed: int = 0,
@@ -68,7 +68,7 @@ def recipe_of(
         of `Menu.pick`
     samples : Samples
         which decide how it is done
-    before : Sequence, default ()
+    before : Sequence[Any], default ()
         steps that come first
     epochs : int, default 4
         of training through pruning, and as many through rounding
@@ -116,7 +116,7 @@ class Try:
         what came back from it; only the best so far is kept
     menu : Menu | None, default None
         from which it was chosen
-    picks : list | None, default None
+    picks : list[Any] | None, default None
     trellis : float | None, default None
         it is coded along a trellis, of so many times the steps in the menu
     """
@@ -130,7 +130,7 @@ class Try:
     file: Path | None = None
     model: nn.Module | None = None  # what came back from it; only the best so far is kept
     menu: Menu | None = None  # from which it was chosen
-    picks: list | None = None
+    picks: list[Any] | None = None
     trellis: float | None = None  # it is coded along a trellis, of so many times the steps in the menu
 
 
@@ -249,6 +249,19 @@ class CompressionReport:
     def met(self) -> bool:
         return self.target.met_by(self.best)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def tables(self) -> list[tuple[str, list[list[str]]]]:
+            "Title and cells of each table."
+            ...
+
+        def __repr__(self) -> str:
+            ...
+
+        def _repr_html_(self) -> str:
+            "The tables for a notebook."
+            ...
+
 # %% ../../nbs/workshop/search.ipynb
 @patch
 def tables(self: CompressionReport) -> list[tuple[str, list[list[str]]]]:
@@ -325,14 +338,20 @@ class TargetError(ValueError):
         super().__init__(message)
         self.report = report
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TargetError, (str(self), self.report)  # it may come from another process
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        report: CompressionReport
 
 
 class WriteError(OSError):
     "The file could not be written. `.result` is what `compress` would have returned, `.content` the bytes of the file."
 
-    def __init__(self, error: OSError, path: str | os.PathLike, result: tuple, content: bytes):
+    given: tuple[Any, ...]
+
+    def __init__(self, error: OSError, path: str | os.PathLike[str], result: tuple[Any, ...], content: bytes):
         super().__init__(
             error.errno,
             f"{error.strerror}; nothing is lost: .result has the model and its report, .content the {len(content):,}"
@@ -341,21 +360,51 @@ class WriteError(OSError):
         )
         self.given, self.result, self.content = (error, path, result, content), result, content
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return WriteError, self.given
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        result: tuple[Any, ...]
+        content: bytes
 
 # %% ../../nbs/workshop/search.ipynb
 class Search:
     "Tries, and what they are judged by."
 
-    def __init__(self, model, samples, judge, target, folder, epochs, lr, tries, seed, progress, trellis=False):
+    tries: list[Try]
+    notes: list[str]
+    on_some: Judge | None
+    bar: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        judge: Judge,
+        target: Target,
+        folder: str | os.PathLike[str],
+        epochs: int,
+        lr: float,
+        tries: int,
+        seed: int,
+        progress: Any,
+        trellis: bool = False,
+    ):
         self.model, self.samples, self.judge, self.target, self.folder = model, samples, judge, target, Path(folder)
         self.epochs, self.lr, self.most, self.seed, self.tries, self.notes = epochs, lr, tries, seed, [], []
         self.on_some = None  # who judges sketches
         self.trellis = trellis  # whether trellises are tried
         self.progress, self.bar = progress, tqdm(desc="compress", disable=None if progress else True, leave=False)
 
-    def attempt(self, why, recipe, menu=None, picks=None, trellis=None) -> Try:
+    def attempt(
+        self,
+        why: str,
+        recipe: Recipe,
+        menu: Menu | None = None,
+        picks: list[int] | None = None,
+        trellis: float | None = None,
+    ) -> Try:
         t = Try(why, recipe, menu=menu, picks=picks, trellis=trellis, file=self.folder / f"{len(self.tries)}.mz")
         tell(self.progress, f"try {len(self.tries) + 1}: {why}")
         try:
@@ -368,17 +417,17 @@ class Search:
             t.error = in_words(e)
         return self.note(t)
 
-    def time(self, model):
+    def time(self, model: nn.Module) -> float:
         model, example = copied(model).eval(), fresh(self.samples.example)
         plain = all(
             isinstance(t, (Tensor, Real, str, type(None))) for t in tree_leaves(example)
         )  # objects, such as caches, may grow
         return latency({"": lambda: call(model, example if plain else fresh(example))}, repeats=10)[""].median
 
-    def failed(self, why, error):
+    def failed(self, why: str, error: Exception) -> Try:
         return self.note(Try(why, None, error=in_words(error)))
 
-    def note(self, t):
+    def note(self, t: Try) -> Try:
         self.tries.append(t)
         for other in self.tries:
             if other is not self.best:
@@ -387,17 +436,107 @@ class Search:
         self.bar.set_postfix_str(f"{t.why}: {t.error or f'{t.bytes:,} bytes'}"[:60])
         return t
 
-    def from_menu(self, why, menu, picks, before, trellis=None):
+    def from_menu(
+        self, why: str, menu: Menu, picks: list[int], before: Sequence[Any], trellis: float | None = None
+    ) -> Try:
         how = recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed, trellis)
         return self.attempt(why, how, menu, picks, trellis)
 
     @property
-    def good(self):
+    def good(self) -> list[Try]:
         return [t for t in self.tries if t.error is None]
 
     @property
-    def best(self):
+    def best(self) -> Try | None:
         return max(self.good, key=self.target.worth, default=None)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        samples: Samples
+        judge: Judge
+        target: Target
+        folder: Path
+        epochs: int
+        lr: float
+        most: int
+        seed: int
+        trellis: bool
+        progress: Any
+
+        def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
+            "Tries whose files approach the budget from both sides."
+            ...
+
+        def _overhead(self, before):
+            """Bytes of a file that are no tensors of the menu: known from the last try, if it began with the same
+            steps."""
+            ...
+
+        def with_quality(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
+            """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the
+            error says where to begin. Where sketches can be judged, they say where to look."""
+            ...
+
+        def _next_guess(self, menu, low, high):
+            "log of a budget strictly between."
+            ...
+
+        def _first_guess(self, menu, low, high):
+            ...
+
+        def by_sketches(self, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
+            "Tries where sketches say that the quality is just enough."
+            ...
+
+        def where_sketches_reach(
+            self,
+            menu: Menu,
+            told: dict[float, float],
+            wanted: float,
+            low: float,
+            high: float,
+        ) -> float:
+            """log of a budget at which sketches have about this log(1 − quality); `told` grows by those that were
+            judged."""
+            ...
+
+        def quick(self) -> Judge:
+            """Who judges sketches: on some of the batches, always the same, as tries tell by how much all of them
+            differ."""
+            ...
+
+        def along_trellises(self, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
+            """The allocation of the best try, along a trellis, with all steps times a factor by which the target is
+            just met."""
+            ...
+
+        def room(self, t: Try) -> float:
+            "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
+            ...
+
+        def allocate_and_try(self, before: Sequence[Any]) -> None:
+            "First with the network as it is, then with smaller ones; without training, if that fails."
+            ...
+
+        def _smaller_networks(self, before, best):
+            "As long as each gives something."
+            ...
+
+        def from_menus(self, before: Sequence[Any], label: str = '') -> Try | None:
+            "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
+            ...
+
+        def options(self) -> list[dict[str, Any]]:
+            "What is on offer: what the recipe can do. Small tensors are not coded, so that widths count, too."
+            ...
+
+        def _goes(self, label, steps):
+            "Whether the steps can be followed at all; if not, the report says why."
+            ...
+
+        def within_time(self, before: Sequence[Any]) -> None:
+            ...
 
 
 def in_words(e: Exception) -> str:
@@ -405,7 +544,7 @@ def in_words(e: Exception) -> str:
 
 # %% ../../nbs/workshop/search.ipynb
 @patch
-def within_bytes(self: Search, menu, before=(), label=""):
+def within_bytes(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
     "Tries whose files approach the budget from both sides."
     wish, low, high, seen, best = self.target.bytes, 0.0, math.inf, set(), None
     budget = wish - self._overhead(before)
@@ -444,7 +583,7 @@ def _overhead(self: Search, before):
 
 
 @patch
-def with_quality(self: Search, menu, before=(), label=""):
+def with_quality(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
     """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the error
     says where to begin. Where sketches can be judged, they say where to look."""
     low = math.log(sum(min(b) for b in menu.bytes))
@@ -517,7 +656,7 @@ SOME = 8  # batches that sketches are judged on, at most
 
 
 @patch
-def by_sketches(self: Search, menu, before, label, low, high):
+def by_sketches(self: Search, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
     "Tries where sketches say that the quality is just enough."
     told, seen, best = {}, set(), None
     wanted = math.log(1 - self.target.quality)
@@ -546,7 +685,9 @@ def by_sketches(self: Search, menu, before, label, low, high):
 
 
 @patch
-def where_sketches_reach(self: Search, menu, told, wanted, low, high):
+def where_sketches_reach(
+    self: Search, menu: Menu, told: dict[float, float], wanted: float, low: float, high: float
+) -> float:
     "log of a budget at which sketches have about this log(1 − quality); `told` grows by those that were judged."
     for _ in range(5):
         guess = where_on_curve(told, wanted, low, high) if told else self._first_guess(menu, low, high)
@@ -614,7 +755,7 @@ ALONG = 4  # tries along a trellis, at most
 
 
 @patch
-def along_trellises(self: Search, menu, model, before, label):
+def along_trellises(self: Search, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
     "The allocation of the best try, along a trellis, with all steps times a factor by which the target is just met."
     tries = [t for t in self.good if t.menu is menu]
     if not tries:
@@ -637,7 +778,7 @@ def along_trellises(self: Search, menu, model, before, label):
 
 
 @patch
-def room(self: Search, t):
+def room(self: Search, t: Try) -> float:
     "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
     if self.target.quality is None:
         weights = sum(t.menu.weights.values())
@@ -678,7 +819,7 @@ def _structures(epochs, lr):
 
 
 @patch
-def allocate_and_try(self: Search, before):
+def allocate_and_try(self: Search, before: Sequence[Any]) -> None:
     "First with the network as it is, then with smaller ones; without training, if that fails."
     best = self.from_menus(before)
     if best is None and self.samples.train is not None and self.tries[-1].error:
@@ -710,7 +851,7 @@ def _smaller_networks(self: Search, before, best):
 
 
 @patch
-def from_menus(self: Search, before, label=""):
+def from_menus(self: Search, before: Sequence[Any], label: str = "") -> Try | None:
     "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
     find = self.with_quality if self.target.quality is not None else self.within_bytes
     options = self.options()
@@ -731,7 +872,7 @@ def from_menus(self: Search, before, label=""):
 
 
 @patch
-def options(self: Search) -> list[dict]:
+def options(self: Search) -> list[dict[str, Any]]:
     "What is on offer: what the recipe can do. Small tensors are not coded, so that widths count, too."
     if self.samples.train is not None:
         return DENSE + SPARSE
@@ -752,7 +893,7 @@ def _goes(self: Search, label, steps):
 
 # %% ../../nbs/workshop/search.ipynb
 @patch
-def within_time(self: Search, before):
+def within_time(self: Search, before: Sequence[Any]) -> None:
     kernels = [("quantize_model", {"bits": 8}), "use_kernels"]
     if not self.tries:
         self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))  # which did not fail, or had nothing to do

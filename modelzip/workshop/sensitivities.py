@@ -7,6 +7,7 @@ __all__ = ['Readers', 'places_of', 'outputs_now', 'remembering', 'changes_of']
 
 # %% ../../nbs/workshop/sensitivities.ipynb
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from .replay import Replay
 class Readers(TorchFunctionMode):
     "Watches a model run: in which modules parameters are used."
 
+    found: dict[int, set[Any]]
+    hooks: list[Any]
+    running: list[str]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.found = {id(p): set() for p in model.parameters()}
@@ -32,7 +37,7 @@ class Readers(TorchFunctionMode):
         self.hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
         self.hooks += [m.register_forward_hook(leave) for m in model.modules()]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if id(t) in self.found:
                 self.found[id(t)].add(self.running[-1])
@@ -43,7 +48,9 @@ class Readers(TorchFunctionMode):
             h.remove()
 
 # %% ../../nbs/workshop/sensitivities.ipynb
-def places_of(model: nn.Module) -> dict[tuple, list]:  # tensor → the layers that have it, and under which key
+def places_of(
+    model: nn.Module,
+) -> dict[tuple[Any, ...], list[Any]]:  # tensor → the layers that have it, and under which key
     """Where each matrix hangs.
 
     Parameters
@@ -52,7 +59,7 @@ def places_of(model: nn.Module) -> dict[tuple, list]:  # tensor → the layers t
 
     Returns
     -------
-    dict[tuple, list]
+    dict[tuple[Any, ...], list[Any]]
         tensor → the layers that have it, and under which key
     """
     found = {}
@@ -88,23 +95,25 @@ def remembering(replay: Replay, done: set[str], readers: set[str]) -> None:
 def changes_of(
     model: nn.Module,  # left as it is
     # `identity_of` a matrix → what it is to be, one after the other: tensors, or compressed ones
-    values: Mapping[tuple, list],
-    batches: Iterable,  # inputs, see `feed`
-) -> dict[tuple, list[float]]:  # the same → relative squared error of the output when this matrix alone is changed
+    values: Mapping[tuple[Any, ...], list[Any]],
+    batches: Iterable[Any],  # inputs, see `feed`
+) -> dict[
+    tuple[Any, ...], list[float]
+]:  # the same → relative squared error of the output when this matrix alone is changed
     """What `output_errors` measures, of several changes to each matrix.
 
     Parameters
     ----------
     model : nn.Module
         left as it is
-    values : Mapping[tuple, list]
+    values : Mapping[tuple[Any, ...], list[Any]]
         `identity_of` a matrix → what it is to be, one after the other: tensors, or compressed ones
-    batches : Iterable
+    batches : Iterable[Any]
         inputs, see `feed`
 
     Returns
     -------
-    dict[tuple, list[float]]
+    dict[tuple[Any, ...], list[float]]
         the same → relative squared error of the output when this matrix alone is changed
     """
     replay = Replay(model, list(as_batches(batches)))

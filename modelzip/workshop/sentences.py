@@ -96,12 +96,12 @@ def batches_by_length(
 class zero_init(torch.overrides.TorchFunctionMode):
     "A block in which the random first weights of layers are zeros, which cost no time."
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
             return self.zero(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
-    def zero(self, tensor: Tensor, *_, **__) -> Tensor:
+    def zero(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
         tensor.data.zero_()
         return tensor
 
@@ -170,7 +170,7 @@ class Retrieval:
         return f"Retrieval({len(self)} pairs from {', '.join(f'{k} {v}' for k, v in self.versions.items())})"
 
 # %% ../../nbs/workshop/sentences.ipynb
-docstring_sources = """
+docstring_sources: list[str] = """
 argparse array ast asyncio base64 bisect bz2 calendar codecs collections concurrent.futures configparser contextlib
 copy csv datetime decimal difflib dis email.message enum fractions functools gettext glob gzip hashlib heapq hmac
 html http.client inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox math mimetypes

@@ -7,6 +7,7 @@ __all__ = ['as_state', 'SettingsInState', 'is_count']
 
 # %% ../../nbs/workshop/settings.ipynb
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class SettingsInState:
 
     in_state: tuple[str, ...] = ()  # names of the attributes
 
-    def check_settings(self, **settings) -> None:
+    def check_settings(self, **settings: Any) -> None:
         "`ValueError` for settings that these tensors cannot have."
 
     def get_extra_state(self) -> Tensor:
@@ -43,5 +44,5 @@ class SettingsInState:
         ]  # of a state from before there were any
 
 
-def is_count(n) -> bool:
+def is_count(n: Any) -> bool:
     return type(n) is int and n > 0

@@ -11,6 +11,7 @@ import json, os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..archive import PackError, demand, naming, open_file, replacing
 from ..exchange import Opened, check_names, check_types, checksum, open_safetensors, reading_back
@@ -73,7 +74,7 @@ def read_index(index: Path) -> dict[str, str]:  # name of a tensor → name of t
 # %% ../../nbs/workshop/shards.ipynb
 def check_listed(
     shard: Path,
-    held: dict,  # the tensors that it has
+    held: dict[str, Any],  # the tensors that it has
     places: dict[str, str],  # of `read_index`
     index: Path,
 ) -> None:
@@ -82,7 +83,7 @@ def check_listed(
     Parameters
     ----------
     shard : Path
-    held : dict
+    held : dict[str, Any]
         the tensors that it has
     places : dict[str, str]
         of `read_index`
@@ -163,7 +164,7 @@ def write_shard(opened: Opened, names: list[str], path: Path) -> None:
 
 def write_shards(
     opened: Opened,  # plain tensors from anywhere
-    index: str | os.PathLike,  # the file `….safetensors.index.json` to write; the others lie beside it
+    index: str | os.PathLike[str],  # the file `….safetensors.index.json` to write; the others lie beside it
     most: int = SHARD,  # bytes of numbers in a file
 ) -> list[Path]:  # all files, the index last
     """Write a checkpoint in many files, a tensor at a time. `ValueError` where there is one, or nothing to write.
@@ -172,7 +173,7 @@ def write_shards(
     ----------
     opened : Opened
         plain tensors from anywhere
-    index : str | os.PathLike
+    index : str | os.PathLike[str]
         the file `….safetensors.index.json` to write; the others lie beside it
     most : int, default SHARD
         bytes of numbers in a file

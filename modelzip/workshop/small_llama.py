@@ -6,6 +6,7 @@
 __all__ = ['BASE', 'RootNorm', 'SmallBlock', 'SmallLlama', 'smollm2_blocks']
 
 # %% ../../nbs/workshop/small_llama.ipynb
+from typing import TYPE_CHECKING
 from collections.abc import Iterable
 
 import torch
@@ -30,9 +31,22 @@ class RootNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        weight: nn.Parameter
+        eps: float
+
 # %% ../../nbs/workshop/small_llama.ipynb
 class SmallBlock(nn.Module):
     "Attention and a gated feed-forward layer, each behind its norm and added to the stream."
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
 
     def __init__(self, width: int, heads: int, kv: int, size: int, hidden: int):
         super().__init__()
@@ -53,6 +67,12 @@ class SmallBlock(nn.Module):
         x = x + self.o(y.transpose(1, 2).flatten(2))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        size: int
+        norm1: RootNorm
+        norm2: RootNorm
 
 
 class SmallLlama(nn.Module):
@@ -90,6 +110,12 @@ class SmallLlama(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.norm(self.blocks(self.words(ids))), self.words.weight)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        words: nn.Embedding
+        norm: RootNorm
+        blocks: nn.Sequential
 
 # %% ../../nbs/workshop/small_llama.ipynb
 def smollm2_blocks(

@@ -35,7 +35,7 @@ def smollm2_file() -> Path:
     return files[0]
 
 # %% ../../nbs/workshop/smollm2.ipynb
-def gguf_metadata(path: str | os.PathLike) -> Metadata:
+def gguf_metadata(path: str | os.PathLike[str]) -> Metadata:
     "Names and values at the head of a GGUF file; `PackError` says what is wrong with it."
     with naming(path), open_file(path) as f:
         return read_head(mapped(f)).metadata
@@ -109,7 +109,7 @@ def llama_name(key: str) -> str:
     return key
 
 # %% ../../nbs/workshop/smollm2.ipynb
-def llama_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def llama_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a GGUF file by our names, in float32: codes times scales, which is what the file means.
     `PackError` says what is wrong with a file."""
     expand = lambda t: t.float() if isinstance(t, Tensor) else t.dequantize().float()

@@ -27,21 +27,21 @@ MOST = 2**16  # codes and bytes in a solid file: a second of Python
 
 
 def expected(
-    manifest: dict,  # its architecture and layers
+    manifest: dict[str, Any],  # its architecture and layers
     tensors: int,  # that it has
-) -> dict:  # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
+) -> dict[str, Any]:  # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     """What a reader will know of the tensors before it has seen the table.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
         its architecture and layers
     tensors : int
         that it has
 
     Returns
     -------
-    dict
+    dict[str, Any]
         name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     """
     if "graph" in manifest:
@@ -80,21 +80,21 @@ def short_part(
 
 def long_part(
     short: Any,
-    shape: list,  # of the tensor
+    shape: list[int],  # of the tensor
     name: str,
-) -> tuple[dict, tuple | None]:  # the entry, and (bits, count, levels) of packed codes
+) -> tuple[dict[str, Any], tuple[Any, ...] | None]:  # the entry, and (bits, count, levels) of packed codes
     """The inverse of `short_part`.
 
     Parameters
     ----------
     short : Any
-    shape : list
+    shape : list[int]
         of the tensor
     name : str
 
     Returns
     -------
-    tuple[dict, tuple | None]
+    tuple[dict[str, Any], tuple[Any, ...] | None]
         the entry, and (bits, count, levels) of packed codes
     """
     if isinstance(short, int):
@@ -116,16 +116,16 @@ USUAL = {"kind": "quantized", "layer": "Dequantize"}
 
 
 def short_entry(
-    entry: dict,
-    known: dict,  # what is expected of it
+    entry: dict[str, Any],
+    known: dict[str, Any],  # what is expected of it
     pieces: dict[int, Piece],  # by the identity of their entries
-) -> dict:
+) -> dict[str, Any]:
     """What a solid file says of a tensor.
 
     Parameters
     ----------
-    entry : dict
-    known : dict
+    entry : dict[str, Any]
+    known : dict[str, Any]
         what is expected of it
     pieces : dict[int, Piece]
         by the identity of their entries
@@ -141,19 +141,19 @@ def short_entry(
 
 # %% ../../nbs/workshop/solid.ipynb
 def long_entry(
-    name: str, short: Any, known: dict
-) -> tuple[dict, list]:  # the entry; its plain entries as (entry, packed)
+    name: str, short: Any, known: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any]]:  # the entry; its plain entries as (entry, packed)
     """The inverse of `short_entry`.
 
     Parameters
     ----------
     name : str
     short : Any
-    known : dict
+    known : dict[str, Any]
 
     Returns
     -------
-    tuple[dict, list]
+    tuple[dict[str, Any], list[Any]]
         the entry; its plain entries as (entry, packed)
     """
     demand(isinstance(short, dict) and "offset" not in short, f"{quoted(name)} is described in an unknown form")
@@ -175,17 +175,17 @@ def long_entry(
 
 # %% ../../nbs/workshop/solid.ipynb
 def shorten(
-    manifest: dict,
+    manifest: dict[str, Any],
     pieces: list[Piece],
-    known: dict,  # from `expected`
-) -> dict:
+    known: dict[str, Any],  # from `expected`
+) -> dict[str, Any]:
     """A manifest without what a reader can work out.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     pieces : list[Piece]
-    known : dict
+    known : dict[str, Any]
         from `expected`
     """
     by_entry, table = {id(p.entry): p for p in pieces}, manifest["tensors"]
@@ -197,17 +197,17 @@ SOLID_VERSION = 6  # from which on codes know their neighbours
 
 # %% ../../nbs/workshop/solid.ipynb
 def lengthen(
-    short: dict,
-) -> tuple[dict, list]:  # the manifest of a mapped file; its plain entries in order, as (entry, packed)
+    short: dict[str, Any],
+) -> tuple[dict[str, Any], list[Any]]:  # the manifest of a mapped file; its plain entries in order, as (entry, packed)
     """The inverse of `shorten`. `PackError` for what is none.
 
     Parameters
     ----------
-    short : dict
+    short : dict[str, Any]
 
     Returns
     -------
-    tuple[dict, list]
+    tuple[dict[str, Any], list[Any]]
         the manifest of a mapped file; its plain entries in order, as (entry, packed)
     """
     version = short.get("modelzip") if isinstance(short, dict) else None
@@ -233,25 +233,25 @@ def lengthen(
     return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place(parts)
 
 
-def with_shape(packed: tuple | None, entry: dict, version: int) -> tuple | None:
+def with_shape(packed: tuple[Any, ...] | None, entry: dict[str, Any], version: int) -> tuple[Any, ...] | None:
     "Packed codes, with the shape of their tensor where each of its elements has one."
     alike = packed is not None and version > 5 and packed[1] == math.prod(entry["shape"])
     return (*packed, entry["shape"]) if alike else packed
 
 # %% ../../nbs/workshop/solid.ipynb
 def place(
-    parts: list,  # (entry, packed)
-) -> list:  # the same
+    parts: list[Any],  # (entry, packed)
+) -> list[Any]:  # the same
     """Give every part its offset.
 
     Parameters
     ----------
-    parts : list
+    parts : list[Any]
         (entry, packed)
 
     Returns
     -------
-    list
+    list[Any]
         the same
     """
     end = total = 0
@@ -330,8 +330,8 @@ def unpacked(data: bytes, words: bytes) -> Iterator[tuple[bytes, bytes]]:
 # %% ../../nbs/workshop/solid.ipynb
 def through(
     coder: Any,  # an adaptive encoder or decoder
-    parts: list,  # (entry, packed)
-    data: list | None = None,  # bytes of each part; None: they are read
+    parts: list[Any],  # (entry, packed)
+    data: list[Any] | None = None,  # bytes of each part; None: they are read
 ) -> tuple[list[bytes], list[float]]:  # the same; how far the coder was after each part, in bytes
     """Code the numbers of a solid file.
 
@@ -339,9 +339,9 @@ def through(
     ----------
     coder : Any
         an adaptive encoder or decoder
-    parts : list
+    parts : list[Any]
         (entry, packed)
-    data : list | None, default None
+    data : list[Any] | None, default None
         bytes of each part; None: they are read
 
     Returns
@@ -371,7 +371,7 @@ def through(
     return out, ends
 
 # %% ../../nbs/workshop/solid.ipynb
-def solid_bytes(manifest: dict, pieces: list[Piece]) -> bytes:
+def solid_bytes(manifest: dict[str, Any], pieces: list[Piece]) -> bytes:
     "A whole model in one piece. `ValueError` for one that is too large for it, or could not be read."
     try:
         known = expected(manifest, len(manifest["tensors"]))
@@ -395,7 +395,9 @@ class Restored(io.BytesIO):
     "The mapped file for which a solid one stands."
 
     version: int = 0  # of the solid file
-    sizes: dict = {}  # offset in the payload, and bytes there → bytes that the part takes in the solid file
+    sizes: dict[
+        tuple[int, int], int
+    ] = {}  # offset in the payload, and bytes there → bytes that the part takes in the solid file
 
 
 def restored(

@@ -183,7 +183,7 @@ def sparsify_layer(
     return Dequantize(plain, sparsify(quantize_survivors(weight, keep, bits, **options), keep, layout))
 
 
-def _combined(default: dict, how: dict) -> dict:
+def _combined(default: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     "Options of one layer; where its `bits` are None those of all that say how to quantize are not meant for it."
     floats = "bits" in how and how["bits"] is None
     return combined({k: v for k, v in default.items() if not floats or k in ("bits", "layout")}, how)
@@ -315,7 +315,7 @@ def _sparsified(layer, how) -> nn.Module:
     return new if new.q.nbytes < before else plain
 
 
-def _ways(found, overrides) -> dict[str, tuple]:
+def _ways(found, overrides) -> dict[str, tuple[Any, ...]]:
     "Options and identity of each layer's weight; tied layers must have the same options, or they would not be tied."
     key = lambda m: id(m.packed) if isinstance(m, Dequantize) else key_of(m)
     ways = {

@@ -8,6 +8,7 @@ __all__ = ['SPARSE_PAYS', 'SparseLinear', 'use_sparse_products']
 # %% ../../nbs/workshop/sparse_products.ipynb
 import warnings
 from collections import OrderedDict
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -57,15 +58,26 @@ class SparseLinear(Dequantize):
             raise ValueError(f"density is {density!r}; it may be 0 to 1")
         self.density, self._matrix, self._made = density, None, None
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         return {} if self.density == SPARSE_PAYS else {"density": self.density}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_matrix": None, "_made": None}  # a copy works out its own
 
     def _apply(self, fn, recurse=True):
         self._matrix = None
         return super()._apply(fn, recurse)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        density: float
+
+        def matrix(self) -> Tensor:
+            "The matrix, worked out when it is first needed, and again when its parts were exchanged or written to."
+            ...
+
+        def forward(self, x: Tensor) -> Tensor:
+            ...
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -8,7 +8,7 @@ __all__ = ['SparseTensor', 'sparsify']
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -42,7 +42,7 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
         of the tensor it stands for
     layout : str
         how positions are said: 'bitmap', 'gaps', 'n:m', 'dense'
-    how : dict
+    how : dict[str, Any]
         what that layout needs: gap and gaps, or n and m
     count : int
         values that are stored
@@ -50,18 +50,18 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
         uint8, packed; None when dense
     values : dict[str, Tensor]
         {"values": floats [count]}, or the parts of a `QTensor` with `count` codes
-    quantized : dict | None, default None
+    quantized : dict[str, Any] | None, default None
         levels, axis, group of that `QTensor`
     """
 
     shape: torch.Size  # of the tensor it stands for
     dtype: torch.dtype  # of the tensor it stands for
     layout: str  # how positions are said: 'bitmap', 'gaps', 'n:m', 'dense'
-    how: dict  # what that layout needs: gap and gaps, or n and m
+    how: dict[str, Any]  # what that layout needs: gap and gaps, or n and m
     count: int  # values that are stored
     positions: Tensor | None  # uint8, packed; None when dense
     values: dict[str, Tensor]  # {"values": floats [count]}, or the parts of a `QTensor` with `count` codes
-    quantized: dict | None = None  # levels, axis, group of that `QTensor`
+    quantized: dict[str, Any] | None = None  # levels, axis, group of that `QTensor`
 
     @property
     def sparsity(self) -> float:
@@ -72,6 +72,45 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
             f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {dtype_name(self.dtype)}, {self.describe()}, "
             f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def describe(self) -> str:
+            "How it is stored, in a few words."
+            ...
+
+        def _hollow(self) -> QTensor:
+            "The `QTensor` without its codes: all that can be checked of it, and said about it."
+            ...
+
+        def parts(self) -> dict[str, Tensor]:
+            "The tensors that a file stores."
+            ...
+
+        def meta(self) -> dict[str, Any]:
+            "What a file's manifest says of it."
+            ...
+
+        def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+            "Which parts are packed codes: their bits, their number, and below what they are."
+            ...
+
+        @classmethod
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> SparseTensor:
+            "Build from stored parts; whatever does not fit together raises `ValueError`."
+            ...
+
+        def mask(self) -> Tensor:
+            "Where the values belong; worked out once."
+            ...
+
+        def dequantize(self) -> Tensor:
+            "The numbers that it stands for, in the original shape and dtype."
+            ...
+
+        def as_qtensor(self, fill: bool = True) -> QTensor:
+            "Pruned and quantized → quantized, with codes for the zeros as well: what integer kernels take."
+            ...
 
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @patch
@@ -97,7 +136,7 @@ def parts(self: SparseTensor) -> dict[str, Tensor]:
 
 
 @patch
-def meta(self: SparseTensor) -> dict:
+def meta(self: SparseTensor) -> dict[str, Any]:
     "What a file's manifest says of it."
     said = {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "layout": self.layout, "count": self.count}
     return said | self.how | (self.quantized or {})
@@ -115,7 +154,7 @@ def packed_parts(self: SparseTensor) -> dict[str, tuple[int, int, int]]:
 
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @patch(cls_method=True)
-def from_parts(cls: SparseTensor, parts: dict[str, Tensor], meta: dict) -> SparseTensor:
+def from_parts(cls: SparseTensor, parts: dict[str, Tensor], meta: dict[str, Any]) -> SparseTensor:
     "Build from stored parts; whatever does not fit together raises `ValueError`."
     quantized = None
     if isinstance(meta, dict) and "levels" in meta:
@@ -133,7 +172,7 @@ def from_parts(cls: SparseTensor, parts: dict[str, Tensor], meta: dict) -> Spars
     return x
 
 
-def _frame(meta: dict, quantized: dict | None) -> tuple[torch.Size, torch.dtype]:
+def _frame(meta: dict[str, Any], quantized: dict[str, Any] | None) -> tuple[torch.Size, torch.dtype]:
     "Shape and dtype, checked as those of a `QTensor` are."
     if not isinstance(meta, dict):
         raise ValueError(f"meta is {meta!r:.40}")
@@ -262,7 +301,7 @@ def sparsify(
     return SparseTensor(x.shape, x.dtype, name, how, int(stored.sum()), positions, values, quantized)
 
 
-def _smallest(keep, cut, layout: str | None, stored_bytes) -> tuple[str, Tensor | None, dict, Tensor]:
+def _smallest(keep, cut, layout: str | None, stored_bytes) -> tuple[str, Tensor | None, dict[str, Any], Tensor]:
     "Of all ways to say a mask, none of which may store what was cut, the one with the fewest bytes."
     wanted = LAYOUTS if layout is None else {layout: LAYOUTS[layout]}
     ways = [(n, *way) for n, of in wanted.items() for way in of.ways(keep)]

@@ -7,6 +7,7 @@ __all__ = ['sparsegpt_weight', 'SparseGPT']
 
 # %% ../../nbs/workshop/sparsegpt.ipynb
 import math
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ class _Choice:
         goal = goal * self.could / max(1, self.most)
         few = new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done)
         return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, few)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        done: int
+        could: int
 
 # %% ../../nbs/workshop/sparsegpt.ipynb
 @torch.no_grad()
@@ -154,11 +160,18 @@ class SparseGPT(Criterion):
     def __init__(self, damping: float = 0.01, block: int = 128):
         self.damping, self.block = damping, block
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
 
-    def cut(self, weight, keep, seen, sparsity, granularity, scope="layer"):
+    def cut(
+        self, weight: Tensor, keep: Tensor, seen: Any, sparsity: float, granularity: str, scope: str = "layer"
+    ) -> tuple[Tensor, Tensor]:
         return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block, scope)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        damping: float
+        block: int
 
 
 CRITERIA["sparsegpt"] = SparseGPT

@@ -23,20 +23,20 @@ class SparsityTable:
 
     Parameters
     ----------
-    rows : list
+    rows : list[Any]
         (name, shape, weights, zeros)
-    whole : dict, default field(default_factory=dict)
+    whole : dict[Any, Any], default field(default_factory=dict)
         name of a matrix that is not counted → why it is left whole
     """
 
-    rows: list  # (name, shape, weights, zeros)
-    whole: dict = field(default_factory=dict)  # name of a matrix that is not counted → why it is left whole
+    rows: list[Any]  # (name, shape, weights, zeros)
+    whole: dict[Any, Any] = field(default_factory=dict)  # name of a matrix that is not counted → why it is left whole
 
     @property
     def sparsity(self) -> float:
         return sum(r[3] for r in self.rows) / max(1, sum(r[2] for r in self.rows))
 
-    def cells(self) -> list:
+    def cells(self) -> list[Any]:
         every = [*self.rows, ("together", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows))]
         return [
             (n or "(model)", "×".join(map(str, s)), f"{w:,}", f"{w - z:,}", f"{z / max(w, 1):.1%}")
@@ -54,7 +54,7 @@ class SparsityTable:
 # %% ../../nbs/workshop/sparsity_tables.ipynb
 def sparsity_table(
     model: nn.Module,  # masked, with zeros in its weights, or with compressed layers
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
 ) -> SparsityTable:
     """Count the zeros of each layer's weight.
 
@@ -62,7 +62,7 @@ def sparsity_table(
     ----------
     model : nn.Module
         masked, with zeros in its weights, or with compressed layers
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes
     """
     counted = lambda m: isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor)

@@ -7,6 +7,7 @@ __all__ = ['ShuffleUnit', 'shuffle_unit', 'SmallViT', 'small_vit', 'Tagger', 'ta
            'calls_of']
 
 # %% ../../nbs/workshop/specimens.ipynb
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,12 @@ class ShuffleUnit(nn.Module):
         x = torch.cat([a, self.branch(b)], 1).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return self.fc(x.mean((2, 3)))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        stem: nn.Conv2d
+        fc: nn.Linear
+        branch: nn.Sequential
+
 
 def shuffle_unit() -> tuple[nn.Module, Tensor]:
     "With four images."
@@ -49,6 +56,12 @@ class SmallViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.encoder(self.patches(x).flatten(2).mT).mean(1))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        patches: nn.Conv2d
+        fc: nn.Linear
+        encoder: nn.TransformerEncoder
+
 
 def small_vit() -> tuple[nn.Module, Tensor]:
     "With four images."
@@ -66,6 +79,11 @@ class Tagger(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.fc(self.lstm(self.words(ids))[0])
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        words: nn.Embedding
+        fc: nn.Linear
 
 
 def tagger() -> tuple[nn.Module, Tensor]:
@@ -88,6 +106,10 @@ class DenseBlock(nn.Module):
             made = torch.cat([made, layer(made).relu()], 1)
         return self.layers[-1](made)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layers: nn.ModuleList
+
 
 def dense_block(layers: int = 3) -> tuple[nn.Module, Tensor]:
     "With two rows."
@@ -97,11 +119,13 @@ def dense_block(layers: int = 3) -> tuple[nn.Module, Tensor]:
 class Calls(TorchDispatchMode):
     "A block in which the names of all operations that run are noted."
 
+    names: list[str]
+
     def __init__(self):
         super().__init__()
         self.names = []
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(op))
         return op(*args, **(kwargs or {}))
 

@@ -7,6 +7,7 @@ __all__ = ['STATIC_LAYERS', 'static_codes', 'StaticLinear', 'StaticConv2d']
 
 # %% ../../nbs/workshop/static_layers.ipynb
 import contextlib, functools, json, math, warnings
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +94,16 @@ class KnownInput:
     """What StaticLinear and StaticConv2d share: an input whose step and zero point are known, and in the state, as
     JSON in a tensor."""
 
+    input_scale: float
+    input_zero_point: int
+    input_levels: int
+    kernel: str
+
     def _remember(self, scale, zero_point, levels):
         _check_static(scale, zero_point, levels)
         self.input_scale, self.input_zero_point, self.input_levels = float(scale), zero_point, levels
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         return {"scale": self.input_scale, "zero_point": self.input_zero_point} | (
             {} if self.input_levels == 256 else {"levels": self.input_levels}
         )
@@ -125,6 +131,24 @@ class KnownInput:
             "plain": "int8×uint8 emulated exactly",
         }[self.kernel]
         return f"{how}, input of {self.input_levels} levels"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _together(self, x):
+            "Codes, exact sums, one multiplication; None when not all is finite."
+            ...
+
+        def _emulated(self, codes, weight):
+            "The sums as floats that hold whole numbers: float32 where these fit, else float64."
+            ...
+
+        def _anywhere(self, x):
+            ...
+
+        def _elsewhere(self, x, plain):
+            """On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float
+            layer computes them."""
+            ...
 
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch
@@ -253,6 +277,11 @@ class StaticLinear(KnownInput, QLinear):
             torch.zeros(len(weight), dtype=torch.int32),
         )
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _sum(self, codes, weight):
+            ...
+
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch
 def _sum(self: StaticLinear, codes, weight):
@@ -282,6 +311,9 @@ class StaticConv2d(KnownInput, QConv2d):
     levels : int, default 256
         codes of the input
     """
+
+    pads: list[int]
+    smallest: list[int]
 
     def __init__(
         self,
@@ -317,6 +349,30 @@ class StaticConv2d(KnownInput, QConv2d):
         layer = self.layer
         padding = [0, 0] if self.pads or layer.padding == "valid" else list(layer.padding)
         return list(layer.stride), padding, list(layer.dilation), layer.groups
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def _padded(self, x, zero):
+            "Padding that the kernel does not have."
+            ...
+
+        def _choose(self):
+            ...
+
+        def _integer(self, x):
+            ...
+
+        def _float(self, x):
+            ...
+
+        def _like(self, x):
+            ...
+
+        def _prepare_static(self):
+            ...
+
+        def _sum(self, codes, weight):
+            ...
 
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch
@@ -368,7 +424,10 @@ def _sum(self: StaticConv2d, codes, weight):
     return convolve(codes, 1.0, self.input_zero_point, weight, *self.prepared.get(self, "static"), *self.geometry)
 
 # %% ../../nbs/workshop/static_layers.ipynb
-STATIC_LAYERS = {nn.Linear: StaticLinear, nn.Conv2d: StaticConv2d}  # layers whose input is rounded → what they become
+STATIC_LAYERS: dict[type, Any] = {
+    nn.Linear: StaticLinear,
+    nn.Conv2d: StaticConv2d,
+}  # layers whose input is rounded → what they become
 
 # %% ../../nbs/workshop/static_layers.ipynb
 from .arguments import name_arguments

@@ -93,7 +93,8 @@ def tied_layers(model: nn.Module) -> set[str]:  # names
 
 def static_places(
     model: nn.Module,  # it is left as it is
-    overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    overrides: Mapping[str, Any]
+    | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
     others: Iterable[str] = (),  # names that a pattern may mean besides
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
     """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a
@@ -104,7 +105,7 @@ def static_places(
     ----------
     model : nn.Module
         it is left as it is
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern of a layer: 'static', 'row', or None to leave it alone
     others : Iterable[str], default ()
         names that a pattern may mean besides
@@ -164,7 +165,7 @@ def _without_ties(model, places, found, uses):
 # %% ../../nbs/workshop/static_models.ipynb
 def product_error(
     weight: Tensor,  # [outputs, inputs, …]
-    statistics,  # `LayerStatistics` of the layer
+    statistics: Any,  # `LayerStatistics` of the layer
     rows: Tensor,  # [groups, rows, inputs]
     columns: Tensor | None,  # column scales
     step: tuple[float, int] | None,  # step and zero point of the input; None: a range for each row
@@ -177,7 +178,7 @@ def product_error(
     ----------
     weight : Tensor
         [outputs, inputs, …]
-    statistics
+    statistics : Any
         `LayerStatistics` of the layer
     rows : Tensor
         [groups, rows, inputs]
@@ -284,7 +285,7 @@ class Fixed:
         [outputs] that is added to the bias
     at : Tensor | None, default None
         which input stands at each place of the weight, where some have copies
-    makers : frozenset, default frozenset()
+    makers : frozenset[str], default frozenset()
         the layers that make the copies
     made_of : str, default ''
         fingerprint of the weight that was rounded
@@ -301,7 +302,7 @@ class Fixed:
     weights: str = "nearest"  # how it was rounded: 'nearest' or 'gptq'
     shift: Tensor | None = None  # [outputs] that is added to the bias
     at: Tensor | None = None  # which input stands at each place of the weight, where some have copies
-    makers: frozenset = frozenset()  # the layers that make the copies
+    makers: frozenset[str] = frozenset()  # the layers that make the copies
     made_of: str = ""  # fingerprint of the weight that was rounded
 
     def __str__(self) -> str:
@@ -362,7 +363,7 @@ def static_layer(
     name: str,  # for errors
     fixed: Fixed,  # what was chosen for it
     rows: Tensor | None = None,  # which output stands at each place, where some are put out several times
-    packed: dict | None = None,  # codes of a weight, for tied layers that share them
+    packed: dict[str, Any] | None = None,  # codes of a weight, for tied layers that share them
 ) -> nn.Module:  # StaticLinear, StaticConv2d, or QLinear with a range for each row
     """The integer layer that takes a layer's place.
 
@@ -376,7 +377,7 @@ def static_layer(
         what was chosen for it
     rows : Tensor | None, default None
         which output stands at each place, where some are put out several times
-    packed : dict | None, default None
+    packed : dict[str, Any] | None, default None
         codes of a weight, for tied layers that share them
 
     Returns

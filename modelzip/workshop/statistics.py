@@ -7,7 +7,7 @@ __all__ = ['SAMPLE', 'LayerStatistics', 'plus_product', 'drawn', 'one_of_each', 
 
 # %% ../../nbs/workshop/statistics.ipynb
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -62,6 +62,30 @@ class LayerStatistics:
         kept = "" if self.moment is None else ", H"
         reach = f"{self.low.min():.3g} to {self.high.max():.3g}, mean |x| {self.magnitude.mean() / self.count:.3g}"
         return f"LayerStatistics({self.count:,} rows of {self.low.shape[-1]}, {reach}{kept})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def add(self, rows: Tensor, moment: bool = True, original: Tensor | None = None) -> None:
+            "Count in rows [groups, rows, inputs]; `original` is what the uncompressed model has in their place."
+            ...
+
+        def keep_some(self, values: Tensor, seen: int) -> None:
+            "Extend the sample by one value of each `stride` in a row, counted from the first that was ever seen."
+            ...
+
+        @property
+        def mean(self) -> Tensor:
+            "E[x] of each input, [groups, inputs]."
+            ...
+
+        @property
+        def peak(self) -> Tensor:
+            "Largest |x| of each input, [groups, inputs]."
+            ...
+
+        def range(self, observer: Any = 'minmax', bits: int = 8, symmetric: bool = False) -> tuple[float, float]:
+            "From where to where a quantizer of this layer's whole input should reach."
+            ...
 
 # %% ../../nbs/workshop/statistics.ipynb
 @patch

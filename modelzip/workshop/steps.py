@@ -10,7 +10,7 @@ __all__ = ['SHARES', 'Mismatch', 'Replay', 'same_numbers', 'replayed', 'rehearse
 # %% ../../nbs/workshop/steps.ipynb
 import collections
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,15 +34,23 @@ class Mismatch(Exception):
         self.at, self.what = at, what
         super().__init__(what)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        at: int
+        what: str
+
 # %% ../../nbs/workshop/steps.ipynb
 class Replay(Walks, TorchFunctionMode):
     "Watches the smaller model run, and compares every step with the trace."
+
+    modules: dict[str, Any]
+    path: list[str]
 
     def __init__(self, t: Trace, model: nn.Module, gone: np.ndarray):
         super().__init__()
         self.t, self.gone, self.at, self.path, self.modules, self.end = t, gone, 0, [""], dict(model.named_modules()), 0
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(f)
         try:
@@ -55,6 +63,18 @@ class Replay(Walks, TorchFunctionMode):
         if outputs and name not in ("detach_set", "requires_grad") and not self.inside_attention():
             self.compare(name, args, kwargs, outputs)
         return output
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        t: Trace
+        gone: np.ndarray
+        at: int
+        end: int
+
+        def compare(self, name: str, args: tuple[Any, ...], kwargs: dict[Any, Any], outputs: list[Tensor]) -> None:
+            """`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same
+            constants."""
+            ...
 
 # %% ../../nbs/workshop/steps.ipynb
 @patch
@@ -81,7 +101,7 @@ def compare(self: Replay, name: str, args: tuple[Any, ...], kwargs: dict[Any, An
     self.at += 1
 
 # %% ../../nbs/workshop/steps.ipynb
-def same_numbers(a: tuple, b: tuple) -> bool:
+def same_numbers(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     "Equal, and NaN like NaN."
     return len(a) == len(b) and all(x == y or x != x and y != y for x, y in zip(a, b))
 
@@ -120,7 +140,7 @@ def replayed(groups: Groups, roots: Iterable[int], exact: bool = True) -> Mismat
     return None
 
 # %% ../../nbs/workshop/steps.ipynb
-def rehearse(model: nn.Module, examples: list, groups: Groups, roots: Iterable[int]) -> Mismatch | None:
+def rehearse(model: nn.Module, examples: list[Any], groups: Groups, roots: Iterable[int]) -> Mismatch | None:
     "Where a model with channels removed goes wrong first: a step, or outputs that are not those of the masked model."
     if (wrong := replayed(groups, roots)) is not None:
         return wrong
@@ -168,7 +188,7 @@ def candidates(
     t: Trace,
     path: str,  # of the module in which a step went wrong
     upto: int,  # its number
-) -> list[tuple]:  # (path, attribute, position in it, numbers): what would follow which sizes
+) -> list[tuple[Any, ...]]:  # (path, attribute, position in it, numbers): what would follow which sizes
     """Attributes of a module whose value is a size that changes within it.
 
     Parameters
@@ -181,7 +201,7 @@ def candidates(
 
     Returns
     -------
-    list[tuple]
+    list[tuple[Any, ...]]
         (path, attribute, position in it, numbers): what would follow which sizes
     """
     sizes, known = changing_sizes(t, path, upto), {(p, a, i) for p, a, i, _ in t.tracks}
@@ -249,7 +269,7 @@ def adapt(groups: Groups, wrong: Mismatch) -> Mismatch | None | bool:  # what is
     return False
 
 # %% ../../nbs/workshop/steps.ipynb
-def combinations(found: list[tuple]) -> list[list[tuple]]:
+def combinations(found: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
     "One alone, two together, all if no attribute comes twice."
     pairs = [[f, g] for i, f in enumerate(found) for g in found[i + 1 :] if f[:3] != g[:3]]
     return [[f] for f in found] + pairs + [found] * (len({f[:3] for f in found}) == len(found) > 2)
@@ -284,7 +304,7 @@ def channel_groups(
     return rehearsed(model, examples_of(example), dependency_graph(model, example, keep))
 
 # %% ../../nbs/workshop/steps.ipynb
-def rehearsed(model: nn.Module, examples: list, groups: Groups) -> Groups:
+def rehearsed(model: nn.Module, examples: list[Any], groups: Groups) -> Groups:
     "Remove some of everything, and leave alone what goes wrong."
     t = groups.trace
     for _ in range(len(groups) + 100):
@@ -313,7 +333,7 @@ def rehearsed(model: nn.Module, examples: list, groups: Groups) -> Groups:
     return group_up(t)
 
 # %% ../../nbs/workshop/steps.ipynb
-def one_by_one(model: nn.Module, examples: list, groups: Groups) -> None:
+def one_by_one(model: nn.Module, examples: list[Any], groups: Groups) -> None:
     """Where a step does not tell who is to blame: add one group after the other, and leave alone those with which
     it goes wrong."""
     both, good = rehearsals(groups)[:1], []

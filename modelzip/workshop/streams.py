@@ -529,7 +529,7 @@ def stream_parts(
     bits: int | None = None,
     count: int | None = None,
     levels: int | None = None,
-    map: Callable = map,
+    map: Callable[..., Any] = map,
     prove: bool = False,  # expand each chunk again, and compare
 ) -> list[bytes]:  # header, chunks, CRC-32
     """A stream in pieces, for those who write it somewhere: joining them would double it in memory.
@@ -540,7 +540,7 @@ def stream_parts(
     bits : int | None, default None
     count : int | None, default None
     levels : int | None, default None
-    map : Callable, default map
+    map : Callable[..., Any], default map
     prove : bool, default False
         expand each chunk again, and compare
 
@@ -572,7 +572,7 @@ def encode(
     bits: int | None = None,  # x is what `pack_bits` makes of codes of that many bits, 1..16
     count: int | None = None,  # … and this is their number
     levels: int | None = None,  # codes are below it; None: 2**bits
-    map: Callable = map,  # runs the chunks; that of a ThreadPoolExecutor runs them side by side
+    map: Callable[..., Any] = map,  # runs the chunks; that of a ThreadPoolExecutor runs them side by side
 ) -> bytes:  # a stream: header, chunks, CRC-32; `decode` needs nothing else
     """Code losslessly, each chunk by the method that makes it smallest; ANS, which is slower to read, only where it
     saves more than a percent. Whole numbers and codes take at most a percent more than their order-0 entropy, a
@@ -589,7 +589,7 @@ def encode(
         … and this is their number
     levels : int | None, default None
         codes are below it; None: 2**bits
-    map : Callable, default map
+    map : Callable[..., Any], default map
         runs the chunks; that of a ThreadPoolExecutor runs them side by side
 
     Returns
@@ -600,7 +600,7 @@ def encode(
     return b"".join(stream_parts(x, bits, count, levels, map))
 
 # %% ../../nbs/workshop/streams.ipynb
-def run(job: Callable) -> Any:
+def run(job: Callable[[], Any]) -> Any:
     "Call it: a job has no arguments."
     return job()
 
@@ -652,7 +652,7 @@ def code_chunk(
 def read_head(
     data: bytes,
     size: int | None,  # bytes that the caller expects
-) -> tuple:  # bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
+) -> tuple[Any, ...]:  # bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
     """Read and check a stream's header.
 
     Parameters
@@ -663,7 +663,7 @@ def read_head(
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
     """
     if len(data) < 6:
@@ -696,7 +696,7 @@ def read_head(
 def decoding(
     data: bytes,  # a stream
     out: np.ndarray,  # uint8: where the result goes; of just the right size
-) -> list[Callable]:  # jobs without arguments, independent of each other: when all are done, so is `out`
+) -> list[Callable[[], Any]]:  # jobs without arguments, independent of each other: when all are done, so is `out`
     """Plan the decoding of a stream. `CodingError` here or in a job for whatever is wrong with it.
 
     Parameters
@@ -708,13 +708,13 @@ def decoding(
 
     Returns
     -------
-    list[Callable]
+    list[Callable[[], Any]]
         jobs without arguments, independent of each other: when all are done, so is `out`
     """
     return planned(data, read_head(data, len(out)), out)
 
 
-def planned(data: bytes, head: tuple, out: np.ndarray) -> list[Callable]:
+def planned(data: bytes, head: tuple[Any, ...], out: np.ndarray) -> list[Callable[[], Any]]:
     "The jobs of a stream whose header has been read."
     bits, kind, count, _, lengths, at = head
     jobs, view, first = [], memoryview(data), 0
@@ -747,7 +747,7 @@ def expand_range(out: np.ndarray, chunk: memoryview, first: int, end: int, width
 def decode(
     data: bytes,  # what `encode` gave
     size: int | None = None,  # bytes that must come out; None: what the stream says, at most 32,768 times its length
-    map: Callable = map,  # runs the chunks, as in `encode`
+    map: Callable[..., Any] = map,  # runs the chunks, as in `encode`
 ) -> np.ndarray:  # uint8: the bytes, or the packed codes
     """The exact inverse of `encode`. `CodingError` for data that is damaged or was never a stream.
 
@@ -757,7 +757,7 @@ def decode(
         what `encode` gave
     size : int | None, default None
         bytes that must come out; None: what the stream says, at most 32,768 times its length
-    map : Callable, default map
+    map : Callable[..., Any], default map
         runs the chunks, as in `encode`
 
     Returns

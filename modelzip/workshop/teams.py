@@ -11,7 +11,7 @@ import contextlib, contextvars, functools, queue, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from inspect import signature
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -25,15 +25,22 @@ class CallError(RuntimeError):
     """A call failed in its thread, or never began. `index` says which, `__cause__` why, `results` holds what the
     others gave."""
 
-    def __init__(self, index: int, cause: BaseException, results: list | None = None):
+    __cause__: BaseException | None
+
+    def __init__(self, index: int, cause: BaseException, results: list[Any] | None = None):
         super().__init__(f"Error in call {index}: {type(cause).__name__}: {cause}")
         self.index, self.results, self.__cause__ = index, results, cause
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CallError, (self.index, self.__cause__, self.results)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        index: int
+        results: list[Any] | None
+
 # %% ../../nbs/workshop/teams.ipynb
-def as_here(run: Callable) -> Callable:
+def as_here(run: Callable[..., Any]) -> Callable[..., Any]:
     "`run`, for another thread, with this thread's context variables and PyTorch's gradient switches."
     grad, inference, context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), contextvars.copy_context()
 
@@ -44,7 +51,9 @@ def as_here(run: Callable) -> Callable:
     return there
 
 # %% ../../nbs/workshop/teams.ipynb
-def calls_of(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[tuple[tuple, Mapping]]:
+def calls_of(
+    func: Callable[..., Any], num_threads: int, args: Any, kwargs: Any
+) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     "One (args, kwargs) a call."
     if not callable(func):
         raise TypeError(f"func is a {type(func).__name__}; it may be a function")
@@ -60,7 +69,7 @@ def calls_of(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[t
     return list(zip(args, kwargs))
 
 
-def _numbers(func: Callable, n: int, kwargs: Mapping) -> list:
+def _numbers(func: Callable[..., Any], n: int, kwargs: Mapping[str, Any]) -> list[Any]:
     "The number of each thread, if that can be given to the function."
     try:
         signature(func).bind(0, **kwargs)
@@ -77,7 +86,11 @@ PENDING = object()  # a call without a result
 class Job:
     "Calls that several threads take in order; whether another one begins is decided in one place."
 
-    def __init__(self, func: Callable, calls: list, cancel: threading.Event | None, go_on: bool):
+    errors: dict[int, Any]
+    finished: Any
+    results: list[Any]
+
+    def __init__(self, func: Callable[..., Any], calls: list[Any], cancel: threading.Event | None, go_on: bool):
         self.func, self.calls, self.cancel, self.go_on = func, calls, cancel, go_on
         self.results, self.errors, self.finished = [PENDING] * len(calls), {}, queue.SimpleQueue()
         self.lock, self.next, self.stopped = threading.Lock(), 0, False
@@ -89,6 +102,20 @@ class Job:
                 return None
             self.next += 1
             return self.next - 1
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        func: Callable[..., Any]
+        calls: list[Any]
+        cancel: threading.Event | None
+        go_on: bool
+        lock: threading.Lock
+        next: int
+        stopped: bool
+
+        def run(self) -> None:
+            "What each thread does."
+            ...
 
 # %% ../../nbs/workshop/teams.ipynb
 @patch
@@ -144,7 +171,7 @@ def _wait_for(job: Job, running: int, timeout: float | None, progress: bool) -> 
     return True
 
 # %% ../../nbs/workshop/teams.ipynb
-def collect(job: Job, on_error: str, timeout: float | None, in_time: bool) -> list:
+def collect(job: Job, on_error: str, timeout: float | None, in_time: bool) -> list[Any]:
     "Results in order, with errors where there is no result."
     missing = (
         CancelledError("cancelled before it began") if in_time else TimeoutError(f"not finished after {timeout} s")
@@ -162,29 +189,32 @@ def collect(job: Job, on_error: str, timeout: float | None, in_time: bool) -> li
 
 # %% ../../nbs/workshop/teams.ipynb
 def run_in_threads(
-    func: Callable,  # called in the threads
+    func: Callable[..., Any],  # called in the threads
     num_threads: int | None = None,  # threads that run side by side; None: one a core
-    args: Iterable | None = None,  # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
-    kwargs: Mapping | Sequence | None = None,  # keyword arguments: a dict for all calls, or a list with one for each
+    args: Iterable[Any]
+    | None = None,  # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
+    kwargs: Mapping[str, Any]
+    | Sequence[Any]
+    | None = None,  # keyword arguments: a dict for all calls, or a list with one for each
     *,
     intra_op: int = 1,  # threads that an operation may use inside each of these threads
     progress: bool = False,  # show a bar
     cancel: threading.Event | None = None,  # once it is set, no more calls begin
     on_error: str = "raise",  # 'raise' a `CallError`, or 'return' one in the place of each call that failed
     timeout: float | None = None,  # seconds for all calls, then TimeoutError; what runs is left to end by itself
-) -> list:  # results in the order of `args`
+) -> list[Any]:  # results in the order of `args`
     """Make calls in several threads. After an error no more begin, those that run are waited for, the first in
     order is raised.
 
     Parameters
     ----------
-    func : Callable
+    func : Callable[..., Any]
         called in the threads
     num_threads : int | None, default None
         threads that run side by side; None: one a core
-    args : Iterable | None, default None
+    args : Iterable[Any] | None, default None
         an entry a call, tuples unpacked. None: each thread calls func(number) or func()
-    kwargs : Mapping | Sequence | None, default None
+    kwargs : Mapping[str, Any] | Sequence[Any] | None, default None
         keyword arguments: a dict for all calls, or a list with one for each
     intra_op : int, default 1
         threads that an operation may use inside each of these threads
@@ -199,7 +229,7 @@ def run_in_threads(
 
     Returns
     -------
-    list
+    list[Any]
         results in the order of `args`
     """
     if on_error not in ("raise", "return"):
@@ -211,7 +241,7 @@ def run_in_threads(
 
 # %% ../../nbs/workshop/teams.ipynb
 def multi_threading(
-    func: Callable | None = None,  # the function; None: use as a decorator with arguments
+    func: Callable[..., Any] | None = None,  # the function; None: use as a decorator with arguments
     *,
     num_threads: int | None = None,  # threads that run side by side; None: one a core
     intra_op: int = 1,  # threads that an operation may use inside each of them
@@ -222,7 +252,7 @@ def multi_threading(
 
     Parameters
     ----------
-    func : Callable | None, default None
+    func : Callable[..., Any] | None, default None
         the function; None: use as a decorator with arguments
     num_threads : int | None, default None
         threads that run side by side; None: one a core
@@ -245,7 +275,7 @@ def multi_threading(
     return two_ways(func, lambda columns, kwargs: run_in_threads(func, num_threads, zip(*columns), kwargs, **options))
 
 # %% ../../nbs/workshop/teams.ipynb
-def two_ways(func: Callable, run: Callable) -> Callable:
+def two_ways(func: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
     "A function that calls `func`, or runs it over lists."
 
     @functools.wraps(func)
@@ -266,7 +296,7 @@ def two_ways(func: Callable, run: Callable) -> Callable:
     return call
 
 # %% ../../nbs/workshop/teams.ipynb
-def _same_length(columns: list[list]) -> int:
+def _same_length(columns: list[list[Any]]) -> int:
     "How many calls lists stand for."
     lengths = {len(c) for c in columns}
     if not columns:

@@ -153,14 +153,14 @@ def raised_at(e: BaseException) -> str:  # " (file.py, line 3)"
 
 def reason(
     e: BaseException,
-    expected: tuple = (),  # exceptions whose message says it all
+    expected: tuple[type[BaseException], ...] = (),  # exceptions whose message says it all
 ) -> str:
     """An exception in words, which `complain` makes a line.
 
     Parameters
     ----------
     e : BaseException
-    expected : tuple, default ()
+    expected : tuple[type[BaseException], ...], default ()
         exceptions whose message says it all
     """
     if isinstance(e, OSError):

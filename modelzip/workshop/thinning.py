@@ -8,6 +8,7 @@ __all__ = ['shown', 'ThinLinear', 'ThinConv2d', 'thin_pair', 'factors_of', 'plai
 # %% ../../nbs/workshop/thinning.ipynb
 import collections, fnmatch, math
 from collections.abc import Iterable
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,9 @@ class ThinLinear(nn.Sequential):
     """Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only),
     `bias` that of the second."""
 
-    def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, rank: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ):
         like = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
@@ -50,9 +53,23 @@ class ThinLinear(nn.Sequential):
     def bias(self) -> Tensor | None:
         return self[1].bias
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        in_features: int
+        rank: int
+        out_features: int
+
 # %% ../../nbs/workshop/thinning.ipynb
 class ThinConv2d(nn.Sequential):
     "The same for a convolution: one with few filters, then a 1×1."
+
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
 
     groups, transposed, output_padding = 1, False, (0, 0)
 
@@ -61,14 +78,14 @@ class ThinConv2d(nn.Sequential):
         in_channels: int,
         rank: int,
         out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         like = {"device": device, "dtype": dtype}
         first = nn.Conv2d(in_channels, rank, kernel_size, stride, padding, dilation, 1, False, padding_mode, **like)
@@ -94,8 +111,15 @@ class ThinConv2d(nn.Sequential):
     def bias(self) -> Tensor | None:
         return self[1].bias
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        in_channels: int
+        rank: int
+        out_channels: int
+        padding_mode: str
+
 # %% ../../nbs/workshop/thinning.ipynb
-def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
+def thin_pair(m: nn.Module, rank: int, like: dict[str, Any]) -> nn.Sequential:
     "Two layers with `rank` channels between them; a convolution's second is 1×1."
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
@@ -114,7 +138,9 @@ def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
     )
 
 # %% ../../nbs/workshop/thinning.ipynb
-def factors_of(model: nn.Module, layers: Iterable[str] | None, rank: int | dict | None = None) -> dict[str, nn.Module]:
+def factors_of(
+    model: nn.Module, layers: Iterable[str] | None, rank: int | dict[str, int] | None = None
+) -> dict[str, nn.Module]:
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
@@ -166,7 +192,7 @@ def plain(m: nn.Linear | nn.Conv2d) -> bool:
 
 # %% ../../nbs/workshop/thinning.ipynb
 def check_thinness(
-    error: float | None, bytes: float | None, rank: int | dict | None, layers: Iterable[str] | None = None
+    error: float | None, bytes: float | None, rank: int | dict[str, int] | None, layers: Iterable[str] | None = None
 ) -> None:
     "`ValueError` unless exactly one of three says how much goes, and says something possible."
     said = [v for v in (error, bytes, rank) if v is not None]

@@ -10,6 +10,7 @@ import gc, math, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class Latency:
     confidence: float = math.nan  # that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
 
 # %% ../../nbs/workshop/timing.ipynb
-def check_candidates(candidates: dict, repeats: int, warmup: int, at_least: float) -> None:
+def check_candidates(candidates: dict[str, Any], repeats: int, warmup: int, at_least: float) -> None:
     "Something to time, and numbers that make sense; else ValueError."
     if not candidates:
         raise ValueError("candidates is empty: there is nothing to time")
@@ -60,7 +61,7 @@ def check_candidates(candidates: dict, repeats: int, warmup: int, at_least: floa
         raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
 
 
-def calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
+def calls_a_sample(f: Callable[[], Any], warmup: int, at_least: float) -> int:
     "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds."
     with torch.no_grad():
         for _ in range(warmup):
@@ -70,7 +71,7 @@ def calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
     return max(1, min(10_000, math.ceil(at_least / max(time.perf_counter() - began, 1e-9))))
 
 
-def sample(f: Callable, calls: int) -> float:
+def sample(f: Callable[[], Any], calls: int) -> float:
     "Mean milliseconds of `calls` calls in a row."
     began = time.perf_counter()
     for _ in range(calls):

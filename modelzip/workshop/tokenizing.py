@@ -8,7 +8,7 @@ __all__ = ['CUTS', 'byte_letters', 'joined', 'check_vocabulary', 'BytePairs', 's
 # %% ../../nbs/workshop/tokenizing.ipynb
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .arguments import need
 from .smollm2 import smollm2_metadata
@@ -96,6 +96,14 @@ class BytePairs:
         of a file: `tokenizer.ggml.…`
     """
 
+    plain: Any
+    special: Any
+    tokens: list[str]
+    merges: list[Any]
+    control: dict[str, int]
+    end: Any
+    template: str | None
+
     def __init__(
         self,
         metadata: Mapping[str, Any],  # of a file: `tokenizer.ggml.…`
@@ -124,6 +132,30 @@ class BytePairs:
         made.pre_tokenizer = CUTS[pre]()
         made.add_special_tokens([t.AddedToken(c, normalized=False, special=True) for c in control])
         return made
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def encode(self, text: str, special: bool = False) -> list[int]:
+            "Tokens of a text. `ValueError` for a character that the vocabulary cannot say."
+            ...
+
+        @property
+        def lacking(self) -> frozenset[int]:
+            "Bytes that are no tokens."
+            ...
+
+        def piece(self, token: int) -> bytes:
+            "What a token stands for. `IndexError` for one that is not in the vocabulary."
+            ...
+
+        def decode(self, tokens: Iterable[int]) -> str:
+            "The text that tokens stand for."
+            ...
+
+        def chat(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> list[int]:
+            """A conversation as the file's template writes it. What looks like a control token within a message is
+            refused with a `ValueError`: it would end it. So is what the template does not take."""
+            ...
 
 # %% ../../nbs/workshop/tokenizing.ipynb
 def sayable(

@@ -61,8 +61,8 @@ def is_attention(m: nn.Module | None) -> bool:
 class Walks:
     "What a mode does when modules begin and end."
 
-    path: list  # of the modules that are running
-    modules: dict
+    path: list[str]  # of the modules that are running
+    modules: dict[str, Any]
 
     def enters(self, name: str, arguments: Any) -> None:
         self.path.append(name)
@@ -77,6 +77,25 @@ class Walks:
 # %% ../../nbs/workshop/tracing.ipynb
 class Record(Walks, TorchFunctionMode):
     "What is remembered of runs, besides the channels. Who inherits it has `ties`, `owned`, `marks(t)` and `ruled(…)`."
+
+    edges: list[Any]
+    heads: dict[Any, Any]
+    held: dict[str, Tensor]
+    hopeless: set[Any]
+    left_out: list[Any]
+    modules: dict[str, Any]
+    named: dict[int, str]
+    norms: dict[Any, Any]
+    owned: dict[Any, Any]
+    path: list[str]
+    picked: list[Any]
+    rectangles: list[Any]
+    runs: list[Any]
+    steps: list[Any]
+    table: Any
+    tracks: list[Any]
+    uncalled: dict[Any, Any]
+    visible: dict[Any, list[Any]]
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -129,7 +148,7 @@ class Record(Walks, TorchFunctionMode):
         self.visible[name]  # that there is one says that it was called
 
 # %% ../../nbs/workshop/tracing.ipynb
-def concerns(t: Record, name: str, args: tuple, kwargs: dict, output: Any) -> bool:
+def concerns(t: Record, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     "Whether tensors come out whose channels a rule has to find."
     if name in ("detach_set", "requires_grad"):
         return False
@@ -146,7 +165,7 @@ def escaped(t: Record, name: str, tensors: list[Tensor]) -> None:
         t.note(tensors[0], type(t.marks(tensors[0]))(tuple(tensors[0].shape)))
 
 # %% ../../nbs/workshop/tracing.ipynb
-def takes(rule: Callable | None, *args: Any, **kwargs: Any) -> bool:
+def takes(rule: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> bool:
     "Whether a rule has a place for these arguments. If so, an error that it raises is its own, and is not swallowed."
     try:
         return rule is not None and bool(inspect.signature(rule).bind(*args, **kwargs))
@@ -154,7 +173,7 @@ def takes(rule: Callable | None, *args: Any, **kwargs: Any) -> bool:
         return False
 
 # %% ../../nbs/workshop/tracing.ipynb
-def record(t: Record, name: str, args: tuple, kwargs: dict, output: Any, marks: list) -> None:
+def record(t: Record, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, marks: list[Any]) -> None:
     "Remember an operation, and what its results carry."
     tensors, outputs = tensors_of((args, kwargs)), tensors_of(output)
     inputs = [t.marks(x) for x in tensors]
@@ -170,7 +189,7 @@ def record(t: Record, name: str, args: tuple, kwargs: dict, output: Any, marks: 
         t.steps.append(Step(name, t.path[-1], inputs, marks, numbers_in(name, args, kwargs), made))
 
 
-def came_from(t: Record, tensors: list[Tensor], inputs: list) -> frozenset:
+def came_from(t: Record, tensors: list[Tensor], inputs: list[Any]) -> frozenset[str]:
     """The layers whose parameters an operation uses, behind those that they read; without parameters, the layers
     that were read."""
     join = lambda owned: frozenset().union(*(m.sources for x, m in zip(tensors, inputs) if (id(x) in t.named) == owned))
@@ -180,19 +199,19 @@ def came_from(t: Record, tensors: list[Tensor], inputs: list) -> frozenset:
 
 # %% ../../nbs/workshop/tracing.ipynb
 def watch(
-    kind: Callable,  # model → a `Record` of it
+    kind: Callable[[nn.Module], Any],  # model → a `Record` of it
     model: nn.Module,  # left as it is
-    examples: list,  # see `examples_of`
+    examples: list[Any],  # see `examples_of`
 ) -> Record:
     """Run a copy of a model with each example, in both modes, and settle what is left open.
 
     Parameters
     ----------
-    kind : Callable
+    kind : Callable[[nn.Module], Any]
         model → a `Record` of it
     model : nn.Module
         left as it is
-    examples : list
+    examples : list[Any]
         see `examples_of`
     """
     base = warm(model, examples)

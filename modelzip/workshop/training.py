@@ -9,7 +9,7 @@ __all__ = ['seeded', 'eval_mode', 'device_of', 'check_examples', 'scores_of', 'c
 # %% ../../nbs/workshop/training.ipynb
 import math, threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class seeded:
     """A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been
     drawn; None leaves them alone."""
 
+    state: Tensor
+
     def __init__(self, seed: int | None):
         self.seed = seed
 
@@ -31,14 +33,21 @@ class seeded:
         if self.seed is not None:
             torch.random.default_generator.manual_seed(self.seed)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.seed is not None:
             torch.random.set_rng_state(self.state)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        seed: int | None
 
 # %% ../../nbs/workshop/training.ipynb
 class eval_mode:
     """A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back
     when the last such block around it ends, in any thread."""
+
+    modes: dict[int, Any]
+    thread: int
 
     _open, _lock = {}, threading.RLock()  # id of a module → the blocks that hold it
 
@@ -55,7 +64,7 @@ class eval_mode:
                 self.model.eval()
         return self.model
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._lock:
             for i, (m, mode) in self.modes.items():
                 others = self._open[i]
@@ -67,6 +76,10 @@ class eval_mode:
                     m.training = mode
                 else:
                     later.modes[i][1] |= mode  # another thread is still at it, and puts it back
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -100,7 +113,7 @@ def check_scores(scores: Tensor, split: Split) -> None:
         )
 
 # %% ../../nbs/workshop/training.ipynb
-def check_training(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list, int]:
+def check_training(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list[Any], int]:
     "The parameters that will move, and how many steps there will be; ValueError says why there can be none."
     check_examples(data, batch_size)
     if epochs < 1:
@@ -120,7 +133,7 @@ def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def checked_loss(
-    loss: Callable,  # of outputs and labels
+    loss: Callable[[Any, Any], Tensor],  # of outputs and labels
     output: Any,  # of the model
     labels: Tensor,  # [n]
     step: int,  # how many steps there were before
@@ -130,7 +143,7 @@ def checked_loss(
 
     Parameters
     ----------
-    loss : Callable
+    loss : Callable[[Any, Any], Tensor]
         of outputs and labels
     output : Any
         of the model

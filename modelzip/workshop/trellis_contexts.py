@@ -99,13 +99,13 @@ def spread_of(
     return best if int(classes_of(best, x.shape).max()) else {}
 
 
-def classes_of(spread: dict[str, Tensor], shape: tuple) -> Tensor:  # [rows, inputs]
+def classes_of(spread: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:  # [rows, inputs]
     """The class of each weight: half the sum of what is known of its row and of its column.
 
     Parameters
     ----------
     spread : dict[str, Tensor]
-    shape : tuple
+    shape : tuple[int, ...]
 
     Returns
     -------

@@ -9,6 +9,7 @@ __all__ = ['TAPS', 'VECTORS', 'EIGHTHS', 'next_states', 'lanes_of', 'walk', 'tak
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 import math
 from dataclasses import dataclass
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -243,6 +244,55 @@ class TrellisTensor(Sized, CompressedTensor, kind="trellis"):
         classes = f", {len(self.codes) // 2} classes" if len(self.codes) > 2 else ""
         return f"{self.states}-state trellis, step per {' and '.join(own) or 'tensor'}{classes}"
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def parts(self) -> dict[str, Tensor]:
+            "The tensors that a file stores."
+            ...
+
+        def meta(self) -> dict[str, Any]:
+            "What a file's manifest says of it."
+            ...
+
+        def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+            "Which parts are packed codes: their bits, their number, and below what they are."
+            ...
+
+        @classmethod
+        def of_checked(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
+            "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
+            ...
+
+        @classmethod
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
+            "Build from stored parts; whatever does not fit together raises `ValueError` (nothing is trusted)."
+            ...
+
+        def classes(self) -> np.ndarray | None:
+            "The class of each weight."
+            ...
+
+        def grid(self) -> Tensor:
+            """Codes on the fine grid: each times the step of its row and column is a weight. `ValueError` for damaged
+            codes."""
+            ...
+
+        def steps(self) -> tuple[Tensor | None, Tensor | None]:
+            "What the step of each row and of each column is multiplied by."
+            ...
+
+        def as_qtensor(self) -> QTensor:
+            "The same numbers, to the bit, on one grid: what integer kernels take, and about one bit a code more."
+            ...
+
+        def dequantize(self) -> Tensor:
+            "The numbers that it stands for, in the original shape and dtype."
+            ...
+
+        def coded_bits(self) -> float:
+            "Entropy of the codes in their contexts: what a file takes, but for tables and a percent."
+            ...
+
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 @patch
 def parts(self: TrellisTensor) -> dict[str, Tensor]:
@@ -251,7 +301,7 @@ def parts(self: TrellisTensor) -> dict[str, Tensor]:
 
 
 @patch
-def meta(self: TrellisTensor) -> dict:
+def meta(self: TrellisTensor) -> dict[str, Any]:
     "What a file's manifest says of it."
     said = {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "states": self.states, "run": self.run}
     return said | {"counts": list(self.counts), "levels": list(self.levels)}
@@ -265,7 +315,7 @@ def packed_parts(self: TrellisTensor) -> dict[str, tuple[int, int, int]]:
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 @patch(cls_method=True)
-def of_checked(cls: TrellisTensor, parts: dict[str, Tensor], meta: dict) -> TrellisTensor:
+def of_checked(cls: TrellisTensor, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
     "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
     if not isinstance(meta, dict) or set(meta) != {"shape", "dtype", "states", "run", "counts", "levels"}:
         raise ValueError(f"meta is {meta!r:.80}")
@@ -305,7 +355,7 @@ def vector_length(shape: torch.Size, name: str) -> int:
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 @patch(cls_method=True)
-def from_parts(cls: TrellisTensor, parts: dict[str, Tensor], meta: dict) -> TrellisTensor:
+def from_parts(cls: TrellisTensor, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
     "Build from stored parts; whatever does not fit together raises `ValueError` (nothing is trusted)."
     x = cls.of_checked(parts, meta)
     if not x.scale.is_meta and not bool(torch.isfinite(x.scale) & (x.scale > 0)):

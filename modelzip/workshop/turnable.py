@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -30,6 +30,10 @@ from .tracing import takes
 # %% ../../nbs/workshop/turnable.ipynb
 class Spaces:
     "Which vectors share their coordinates."
+
+    kept: dict[int, str]
+    parent: list[int]
+    size: list[int]
 
     def __init__(self):
         self.parent, self.size, self.kept = [], [], {}  # kept: root → why it must stay as it is
@@ -79,7 +83,7 @@ class Norm:
         the space of its inputs
     out : int | None, default None
         … and of its outputs
-    readers : set, default field(default_factory=set)
+    readers : set[tuple[str, int]], default field(default_factory=set)
         (parameter, axis): the linear layers that read its output directly
     mixed : str | None, default None
         what else happens to its output
@@ -95,7 +99,9 @@ class Norm:
     offset: bool = False  # with an offset
     into: int | None = None  # the space of its inputs
     out: int | None = None  # … and of its outputs
-    readers: set = field(default_factory=set)  # (parameter, axis): the linear layers that read its output directly
+    readers: set[tuple[str, int]] = field(
+        default_factory=set
+    )  # (parameter, axis): the linear layers that read its output directly
     mixed: str | None = None  # what else happens to its output
     folded: bool = False  # its gain can go into its readers
 
@@ -140,6 +146,21 @@ class Vectors(NamedTuple):
 
 class Watch(TorchFunctionMode):
     "Looks on while a model runs, and follows its spaces."
+
+    axes: dict[Any, Any]
+    called: set[Any]
+    coming: list[Any]
+    flipped: Any
+    held: dict[str, nn.Parameter]
+    hooked: dict[str, str]
+    modules: dict[str, nn.Module]
+    named: dict[int, str]
+    norms: dict[str, Norm]
+    path: list[str]
+    reads: set[Any]
+    table: Any
+    visible: dict[Any, set[Any]]
+    writes: set[Any]
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -190,9 +211,40 @@ class Watch(TorchFunctionMode):
             self.norms[v.norm].mixed = why
         return Vectors(v.space)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        spaces: Spaces
+
+        def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ...
+
+        def note(
+            self,
+            name: str,
+            f: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+        ) -> None:
+            "Apply the rule of an operation; without one all that goes in stays as it is."
+            ...
+
+        def enters(self, name: str, given: Any) -> None:
+            ...
+
+        def leaves(self, name: str, output: Any) -> None:
+            ...
+
+        def sees(self, name: str, x: Any) -> None:
+            ...
+
+        def normalized(self, norm: Norm, x: Tensor | None, outputs: list[Tensor]) -> None:
+            "A norm was called."
+            ...
+
 # %% ../../nbs/workshop/turnable.ipynb
 @patch
-def __torch_function__(self: Watch, f, types, args=(), kwargs=None):
+def __torch_function__(self: Watch, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
     kwargs = kwargs or {}
     output, name = f(*args, **kwargs), name_of(f)
     if not self.coming and name not in ABOUT:
@@ -201,7 +253,9 @@ def __torch_function__(self: Watch, f, types, args=(), kwargs=None):
 
 
 @patch
-def note(self: Watch, name: str, f: Callable, args: tuple, kwargs: dict, output: Any) -> None:
+def note(
+    self: Watch, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     "Apply the rule of an operation; without one all that goes in stays as it is."
     tensors, rule, found = tensors_of((args, kwargs)), RULES.get(name), None
     self.called |= {self.named[id(t)] for t in tensors if id(t) in self.named}
@@ -268,16 +322,16 @@ def normalized(self: Watch, norm: Norm, x: Tensor | None, outputs: list[Tensor])
         self.table[y] = Vectors(norm.out, norm.name)
 
 # %% ../../nbs/workshop/turnable.ipynb
-RULES: dict[str, Callable] = {}  # name → rule(watch, f, output, *args, **kwargs)
+RULES: dict[str, Callable[..., Any]] = {}  # name → rule(watch, f, output, *args, **kwargs)
 
 
-def rule(*names: str) -> Callable:
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     "Register what an operation does to the vectors along the last axis."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
 
 @rule("linear")
-def linear(w, f, output, input, weight, bias=None):
+def linear(w: Watch, f: Callable[..., Any], output: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     "y = W x + b: the columns of W read x, its rows and b write y."
     name, b = w.named.get(id(weight)), w.named.get(id(bias))
     if name is None or weight.dim() != 2 or bias is not None and b is None:
@@ -297,7 +351,17 @@ def linear(w, f, output, input, weight, bias=None):
 
 
 @rule("embedding")
-def embedding(w, f, output, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+def embedding(
+    w: Watch,
+    f: Callable[..., Any],
+    output: Any,
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     "Rows of a table."
     if (name := w.named.get(id(weight))) is None or max_norm is not None:
         return None
@@ -306,31 +370,33 @@ def embedding(w, f, output, input, weight, padding_idx=None, max_norm=None, *arg
 
 # %% ../../nbs/workshop/turnable.ipynb
 @rule(*"clone contiguous to float double type type_as detach alias data positive cpu cuda".split())
-def passed(w, f, output, input, *args, **kwargs):
+def passed(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Nothing happens to the vectors."
     return w.vectors(input) if output.is_floating_point() else None
 
 
 @rule("neg", "negative")
-def negated(w, f, output, input):
+def negated(w: Watch, f: Callable[..., Any], output: Any, input: Any) -> Any:
     "Their sign changes."
     return w.times(w.vectors(input))
 
 
 @rule(*"new_ones new_zeros new_empty new_full new_tensor ones_like zeros_like empty_like full_like".split())
-def made(w, f, output, input, *args, **kwargs):
+def made(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Only the shape is asked for."
     return []
 
 
 @rule("dropout")
-def dropped(w, f, output, input, p=0.5, training=True, inplace=False):
+def dropped(
+    w: Watch, f: Callable[..., Any], output: Any, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False
+) -> Any:
     "In evaluation it does nothing."
     return None if training and p else w.vectors(input)
 
 
 @rule("add", "sub")
-def added(w, f, output, input, other, alpha=1):
+def added(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any, alpha: Any = 1) -> Any:
     "Vectors that meet lie in one space."
     both = [t for t in (input, other) if isinstance(t, Tensor)]
     if len(both) < 2:
@@ -344,7 +410,7 @@ def added(w, f, output, input, other, alpha=1):
 
 
 @rule("mul", "div")
-def scaled(w, f, output, input, other):
+def scaled(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any) -> Any:
     "A factor that all coordinates have in common."
     if getattr(f, "__name__", "").startswith("__r") and name_of(f) == "div":
         return None
@@ -357,7 +423,7 @@ def scaled(w, f, output, input, other):
 
 # %% ../../nbs/workshop/turnable.ipynb
 @rule("sum", "mean")
-def summed(w, f, output, input, dim=None, keepdim=False):
+def summed(w: Watch, f: Callable[..., Any], output: Any, input: Any, dim: Any = None, keepdim: Any = False) -> Any:
     "Sums of vectors are vectors."
     dims = [dim] if isinstance(dim, int) else dim
     if not dims or not input.dim() or any(d % input.dim() == input.dim() - 1 for d in dims):
@@ -368,7 +434,7 @@ def summed(w, f, output, input, dim=None, keepdim=False):
 
 
 @rule("matmul", "bmm")
-def combined(w, f, output, input, other):
+def combined(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any) -> Any:
     "Rows of the second are combined by the first; or a linear layer in other words, x Wᵀ."
     if getattr(f, "__name__", "").startswith("__r") or id(other) in w.named or other.dim() < 2:
         return None
@@ -380,7 +446,17 @@ def combined(w, f, output, input, other):
 
 
 @rule("scaled_dot_product_attention")
-def attended(w, f, output, query, key, value, attn_mask=None, *args, **kwargs):
+def attended(
+    w: Watch,
+    f: Callable[..., Any],
+    output: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     "Values are combined by weights that queries and keys make."
     w.keep([t for t in (query, key, attn_mask) if t is not None], "queries and keys are compared")
     v = w.vectors(value)
@@ -388,7 +464,7 @@ def attended(w, f, output, query, key, value, attn_mask=None, *args, **kwargs):
 
 
 @rule("cat", "stack")
-def joined(w, f, output, tensors, dim=0):
+def joined(w: Watch, f: Callable[..., Any], output: Any, tensors: Any, dim: Any = 0) -> Any:
     "Side by side, not end to end."
     several = [t for t in tensors if t.numel()]
     seen = [w.vectors(t) for t in several]
@@ -401,7 +477,7 @@ def joined(w, f, output, tensors, dim=0):
 
 
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(w, f, output, input, *args, **kwargs):
+def moved(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Blocks that stay together, in order, may be turned as before."
     if (v := w.vectors(input)) is None or not input.dim():
         return None
@@ -421,7 +497,7 @@ def moved(w, f, output, input, *args, **kwargs):
 
 
 @rule("T", "t", "mT")
-def flipped(w, f, output, input):
+def flipped(w: Watch, f: Callable[..., Any], output: Any, input: Any) -> Any:
     "A matrix of the model, written the other way round."
     if (name := w.named.get(id(input))) is None or input.dim() != 2:
         return moved(w, f, output, input)
@@ -437,15 +513,15 @@ class Space:
     ----------
     size : int
         blocks of so many numbers may be turned, all alike
-    axes : list
+    axes : list[tuple[str, int]]
         (parameter, axis): all that writes and reads them
-    writes : list
+    writes : list[tuple[str, int]]
         those that write
     """
 
     size: int  # blocks of so many numbers may be turned, all alike
-    axes: list  # (parameter, axis): all that writes and reads them
-    writes: list  # those that write
+    axes: list[tuple[str, int]]  # (parameter, axis): all that writes and reads them
+    writes: list[tuple[str, int]]  # those that write
 
 
 @dataclass
@@ -466,7 +542,7 @@ class Plan:
     left: dict[str, str]  # weight of a linear layer whose input is not turned → why
 
 
-def folds(w: Watch, norm: Norm, outs: Counter, reads: dict, writes: dict) -> bool:
+def folds(w: Watch, norm: Norm, outs: Counter[Any], reads: dict[Any, int], writes: dict[Any, int]) -> bool:
     "Whether a norm can be one without gain, offset and mean."
     s = w.spaces
     i, o = s.find(norm.into), s.find(norm.out)

@@ -9,6 +9,7 @@ __all__ = ['alone', 'lent', 'works_for']
 import asyncio, concurrent.futures, contextlib, contextvars, os, sys, threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,11 @@ class _Turns:
         self.lock, self.depth, self.whose, self.before = threading.RLock(), 0, None, None
         self.turn = self.block = None  # what descends from this turn knows it; the frame of its block
         self.known = frozenset()  # threads that were there before it
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lock: threading.RLock
+        depth: int
 
 
 _TURNS, _DESCENT = _Turns(), contextvars.ContextVar("turn", default=None)
@@ -134,7 +140,7 @@ def _inside(frame):
     return []
 
 
-def _promises(frame: FrameType) -> list:
+def _promises(frame: FrameType) -> list[Any]:
     "The results that a function of the standard library or of a pool computes here."
     if not frame.f_code.co_filename.endswith(_WAITING):
         return []
@@ -142,7 +148,7 @@ def _promises(frame: FrameType) -> list:
     return [p for w in some for p in (w, getattr(w, "future", None)) if isinstance(p, concurrent.futures.Future)]
 
 
-def _holds(frame: FrameType, mine: list) -> bool:
+def _holds(frame: FrameType, mine: list[Any]) -> bool:
     "Whether a variable, or what a waiting object of the library consists of, is one of mine."
     library = frame.f_code.co_filename.endswith(_WAITING)
     for v in [*frame.f_locals.values()]:
@@ -165,7 +171,7 @@ def _made_in(outer: FrameType, inner: FrameType) -> bool:
     return any(not isinstance(v, (str, bytes, int, float, complex, type, type(None))) for v in shared)
 
 
-def _loops(promise: concurrent.futures.Future) -> list:
+def _loops(promise: concurrent.futures.Future) -> list[Any]:
     "The event loops that are told of a result."
     cells = [c for f in promise._done_callbacks for c in getattr(f, "__closure__", None) or ()]
     return [c.cell_contents for c in cells if isinstance(c.cell_contents, asyncio.BaseEventLoop)]

@@ -9,6 +9,7 @@ __all__ = ['Units', 'parse_granularity', 'units', 'unit_scores', 'erk_sparsities
 import fnmatch, math, re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def _units_of(ids):
     return Units(of, len(size), size[:1] if bool((size == size[0]).all()) else size)
 
 # %% ../../nbs/workshop/units.ipynb
-def parse_granularity(granularity: str) -> tuple:
+def parse_granularity(granularity: str) -> tuple[Any, ...]:
     """`('weight',)`, `('row',)`, `('column',)`, `('kernel',)`, `('block', 4, 4)` or `('n:m', 2, 4)`. `ValueError`
     for anything else."""
     names = {"weight": "weight", "row": "row", "channel": "row", "column": "column", "kernel": "kernel"}
@@ -135,14 +136,14 @@ def unit_scores(
 
 # %% ../../nbs/workshop/units.ipynb
 def erk_sparsities(
-    shapes: Mapping[str, tuple],  # name → shape of the weight
+    shapes: Mapping[str, tuple[int, ...]],  # name → shape of the weight
     sparsity: float,  # of all together
 ) -> dict[str, float]:  # of each layer
     """Erdős–Rényi–Kernel: densities in proportion to Σ dimensions / Π dimensions (Evci et al. 2020, arXiv:1911.11134).
 
     Parameters
     ----------
-    shapes : Mapping[str, tuple]
+    shapes : Mapping[str, tuple[int, ...]]
         name → shape of the weight
     sparsity : float
         of all together

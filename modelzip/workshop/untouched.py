@@ -9,13 +9,14 @@ __all__ = ['untouched']
 import random, threading, types
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/workshop/untouched.ipynb
-def _puts_back(x, seen: set) -> Iterator[Callable]:
+def _puts_back(x, seen: set[int]) -> Iterator[Callable[[], Any]]:
     "Functions that restore what is reached from a value."
     if (
         id(x) in seen
@@ -120,6 +121,11 @@ class untouched:
     first of all after random numbers, which belong to all threads.
     """
 
+    alone: bool
+    back: list[Callable[[], Any]]
+    mine: set[int]
+    numbers: tuple[Any, ...]
+
     _lock, _guard, _taken = (
         threading.Lock(),
         threading.Lock(),
@@ -156,7 +162,7 @@ class untouched:
             raise
         return self.model
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
             for f in self.back:
                 f()
@@ -176,3 +182,7 @@ class untouched:
             self._taken.difference_update(self.mine)
         if self.alone:
             self._lock.release()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module

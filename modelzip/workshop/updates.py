@@ -53,7 +53,7 @@ def content_of(
     return found.hexdigest()
 
 # %% ../../nbs/workshop/updates.ipynb
-def form_of(entry: dict) -> str:
+def form_of(entry: dict[str, Any]) -> str:
     "What a tensor must have in common with its base's."
     plain = lambda e: [e["dtype"], e["shape"]]
     about = {k: entry.get(k) for k in ("kind", "meta")}
@@ -69,7 +69,7 @@ class Base:
     ----------
     path : str
     f : BinaryIO
-    table : dict
+    table : dict[str, Any]
         of its manifest
     rows : dict[str, Row]
     payload : Entry
@@ -82,20 +82,22 @@ class Base:
 
     path: str
     f: BinaryIO
-    table: dict  # of its manifest
+    table: dict[str, Any]  # of its manifest
     rows: dict[str, Row]
     payload: Entry
     content: str
     below: list[str]  # its own base, and so on
     lock: Any = field(default_factory=threading.Lock)  # the file stands at one place at a time
 
-    def source(self, name: str, entry: dict) -> "dict[str, Source] | None":  # by part; None: there is nothing like it
+    def source(
+        self, name: str, entry: dict[str, Any]
+    ) -> "dict[str, Source] | None":  # by part; None: there is nothing like it
         """What reads the parts of a tensor that is described like that.
 
         Parameters
         ----------
         name : str
-        entry : dict
+        entry : dict[str, Any]
 
         Returns
         -------
@@ -108,7 +110,7 @@ class Base:
             return None
         return {k: Source(self, f"{row.name}/{k}" if k else row.name, p) for k, p in row.parts.items()}
 
-    def linked(self, table: dict, rows: dict[str, Row]) -> dict[str, Row]:
+    def linked(self, table: dict[str, Any], rows: dict[str, Row]) -> dict[str, Row]:
         "The rows of an update, which know where to read. `PackError` for what is not there."
         out = dict(rows)
         for name, row in rows.items():
@@ -164,7 +166,7 @@ MOST_BASES = 8  # files below an update
 
 @contextmanager
 def open_base(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     depth: int = 1,  # how far below the update it is
     asked: str | None = None,  # the content that it must have
 ) -> Iterator[Base]:
@@ -172,7 +174,7 @@ def open_base(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
     depth : int, default 1
         how far below the update it is
     asked : str | None, default None
@@ -195,20 +197,20 @@ def open_base(
 
 @contextmanager
 def found_base(
-    about: dict,  # what an update says of it
-    path: str | os.PathLike,  # of the update
-    base: str | os.PathLike | None,  # where it is; None: beside the update, under its name
+    about: dict[str, Any],  # what an update says of it
+    path: str | os.PathLike[str],  # of the update
+    base: str | os.PathLike[str] | None,  # where it is; None: beside the update, under its name
     depth: int,
 ) -> Iterator[Base]:
     """Open the base of an update. `PackError` when it is not there, or is another file.
 
     Parameters
     ----------
-    about : dict
+    about : dict[str, Any]
         what an update says of it
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         of the update
-    base : str | os.PathLike | None
+    base : str | os.PathLike[str] | None
         where it is; None: beside the update, under its name
     depth : int
     """
@@ -224,16 +226,20 @@ def found_base(
 
 @contextmanager
 def chain(
-    manifest: dict, rows: dict[str, Row], path: str | os.PathLike, base: str | os.PathLike | None, depth: int
+    manifest: dict[str, Any],
+    rows: dict[str, Row],
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
+    depth: int,
 ) -> Iterator[tuple[dict[str, Row], list[str]]]:  # rows that know where to read; the paths of all that is below
     """The bases of a file, open.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     rows : dict[str, Row]
-    path : str | os.PathLike
-    base : str | os.PathLike | None
+    path : str | os.PathLike[str]
+    base : str | os.PathLike[str] | None
     depth : int
 
     Returns
@@ -254,20 +260,20 @@ def chain(
 
 @contextmanager
 def based(
-    manifest: dict,
+    manifest: dict[str, Any],
     rows: dict[str, Row],  # from `read_manifest`
-    path: str | os.PathLike,
-    base: str | os.PathLike | None = None,  # where its base is; None: beside it
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,  # where its base is; None: beside it
 ) -> Iterator[dict[str, Row]]:  # the same rows; those of an update know where to read what is the base's
     """What every reader of numbers goes through. `PackError` for a base that is missing, another one, or damaged.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
     rows : dict[str, Row]
         from `read_manifest`
-    path : str | os.PathLike
-    base : str | os.PathLike | None, default None
+    path : str | os.PathLike[str]
+    base : str | os.PathLike[str] | None, default None
         where its base is; None: beside it
 
     Returns
@@ -306,18 +312,20 @@ def bases_of(
 
 @contextmanager
 def opened_table(
-    path: str | os.PathLike, base: str | os.PathLike | None = None
-) -> Iterator[tuple[BinaryIO, dict, dict[str, Row], Entry]]:  # the file, its manifest and table, the payload's entry
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> Iterator[
+    tuple[BinaryIO, dict[str, Any], dict[str, Row], Entry]
+]:  # the file, its manifest and table, the payload's entry
     """A file of any sort, open, as the mapped or archived one for which it stands; its numbers are not read yet.
 
     Parameters
     ----------
-    path : str | os.PathLike
-    base : str | os.PathLike | None, default None
+    path : str | os.PathLike[str]
+    base : str | os.PathLike[str] | None, default None
 
     Returns
     -------
-    Iterator[tuple[BinaryIO, dict, dict[str, Row], Entry]]
+    Iterator[tuple[BinaryIO, dict[str, Any], dict[str, Row], Entry]]
         the file, its manifest and table, the payload's entry
     """
     with open_file(path) as file:
@@ -329,20 +337,20 @@ def opened_table(
 # %% ../../nbs/workshop/updates.ipynb
 @contextmanager
 def update_of(
-    base: str | os.PathLike | None,  # None: no update
-    path: str | os.PathLike,  # to be written
-    manifest: dict,  # gets `base`
+    base: str | os.PathLike[str] | None,  # None: no update
+    path: str | os.PathLike[str],  # to be written
+    manifest: dict[str, Any],  # gets `base`
     pieces: list[Piece],  # get their sources
 ) -> Iterator[Base | None]:  # open while the update is written
     """Make an update of what is about to be written. `ValueError` for a base that cannot be one.
 
     Parameters
     ----------
-    base : str | os.PathLike | None
+    base : str | os.PathLike[str] | None
         None: no update
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         to be written
-    manifest : dict
+    manifest : dict[str, Any]
         gets `base`
     pieces : list[Piece]
         get their sources
@@ -369,7 +377,7 @@ def update_of(
         yield b
 
 
-def mark(table: dict, pieces: list[Piece], base: Base) -> None:
+def mark(table: dict[str, Any], pieces: list[Piece], base: Base) -> None:
     "Give pieces that are described like the base's their sources."
     by_entry = {id(p.entry): p for p in pieces}
     for name, entry in table.items():

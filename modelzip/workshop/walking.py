@@ -153,7 +153,7 @@ def items(
             yield from items(m, prefix if beside(m) else f"{prefix}{key}.", module, key)
 
 # %% ../../nbs/workshop/walking.ipynb
-def identity(item: Item) -> tuple:  # equal for tensors that are tied to each other
+def identity(item: Item) -> tuple[Any, ...]:  # equal for tensors that are tied to each other
     """What makes two tensors one.
 
     Parameters
@@ -162,7 +162,7 @@ def identity(item: Item) -> tuple:  # equal for tensors that are tied to each ot
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         equal for tensors that are tied to each other
     """
     if isinstance(item.layer, Dequantize) and not isinstance(item.value, Tensor):
@@ -182,7 +182,7 @@ class Piece:
     name : str
         for errors
     tensor : Tensor
-    entry : dict
+    entry : dict[str, Any]
         of the manifest; gets offset, crc, coded when it is written
     packed : tuple[int, int, int] | None, default None
         bits, count, levels: it holds packed codes
@@ -194,7 +194,7 @@ class Piece:
 
     name: str  # for errors
     tensor: Tensor
-    entry: dict  # of the manifest; gets offset, crc, coded when it is written
+    entry: dict[str, Any]  # of the manifest; gets offset, crc, coded when it is written
     packed: tuple[int, int, int] | None = None  # bits, count, levels: it holds packed codes
     version: int = 1  # of the format that it needs; known when it is written
     source: Any = None  # of an update: what reads the base's part of that name; see updates.ipynb
@@ -203,23 +203,23 @@ class Piece:
 def describe(
     t: Tensor,
     name: str,
-    pieces: list,  # gets a `Piece` with the new entry: the offset is filled in when it is written
+    pieces: list[Any],  # gets a `Piece` with the new entry: the offset is filled in when it is written
     packed: tuple[int, int, int] | None = None,  # bits, count, levels
-) -> dict:  # {"dtype", "shape", "offset"}
+) -> dict[str, Any]:  # {"dtype", "shape", "offset"}
     """The manifest's entry for a plain tensor.
 
     Parameters
     ----------
     t : Tensor
     name : str
-    pieces : list
+    pieces : list[Any]
         gets a `Piece` with the new entry: the offset is filled in when it is written
     packed : tuple[int, int, int] | None, default None
         bits, count, levels
 
     Returns
     -------
-    dict
+    dict[str, Any]
         {"dtype", "shape", "offset"}
     """
     check_storable(name, t)
@@ -235,20 +235,20 @@ def describe(
 def describe_compressed(
     q: CompressedTensor,
     name: str,
-    pieces: list,  # gets the parts
-) -> dict:  # {"dtype", "shape", "kind", "meta", "parts"}
+    pieces: list[Any],  # gets the parts
+) -> dict[str, Any]:  # {"dtype", "shape", "kind", "meta", "parts"}
     """The manifest's entry for a compressed tensor.
 
     Parameters
     ----------
     q : CompressedTensor
     name : str
-    pieces : list
+    pieces : list[Any]
         gets the parts
 
     Returns
     -------
-    dict
+    dict[str, Any]
         {"dtype", "shape", "kind", "meta", "parts"}
     """
     kind = next((k for k, cls in CompressedTensor.kinds.items() if cls is type(q)), None)
@@ -266,7 +266,7 @@ def describe_compressed(
     }
 
 # %% ../../nbs/workshop/walking.ipynb
-def describe_layer(layer: Dequantize, name: str) -> dict:  # {"layer", "options"}
+def describe_layer(layer: Dequantize, name: str) -> dict[str, Any]:  # {"layer", "options"}
     """How the manifest remembers the layer around a compressed tensor.
 
     Parameters
@@ -276,7 +276,7 @@ def describe_layer(layer: Dequantize, name: str) -> dict:  # {"layer", "options"
 
     Returns
     -------
-    dict
+    dict[str, Any]
         {"layer", "options"}
     """
     if told := vars(layer).get("told"):
@@ -290,14 +290,14 @@ def describe_layer(layer: Dequantize, name: str) -> dict:  # {"layer", "options"
 # %% ../../nbs/workshop/walking.ipynb
 def check_named(
     item: Item,
-    table: dict,  # of those before it
+    table: dict[str, Any],  # of those before it
 ) -> None:
     """`ValueError` for a name that no tensor of a module can have, or that another one has.
 
     Parameters
     ----------
     item : Item
-    table : dict
+    table : dict[str, Any]
         of those before it
     """
     if not all(item.name.split(".")) or "." in item.key:
@@ -306,7 +306,7 @@ def check_named(
         raise ValueError(f"{item.name!r:.200} is the name of a tensor, and of another one or of a layer too")
 
 
-def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the manifest; what it describes
+def table_of(model: nn.Module) -> tuple[dict[str, Any], list[Piece]]:  # the table of the manifest; what it describes
     """Describe every tensor of a model.
 
     Parameters
@@ -315,7 +315,7 @@ def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the 
 
     Returns
     -------
-    tuple[dict, list[Piece]]
+    tuple[dict[str, Any], list[Piece]]
         the table of the manifest; what it describes
     """
     table, first, pieces = {}, {}, []
@@ -333,7 +333,7 @@ def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the 
     return table, pieces
 
 # %% ../../nbs/workshop/walking.ipynb
-def architecture_of(model: nn.Module) -> dict | None:  # {"name": …, "options": {…}}
+def architecture_of(model: nn.Module) -> dict[str, Any] | None:  # {"name": …, "options": {…}}
     """How a registered builder makes such a model, if one does.
 
     Parameters
@@ -342,7 +342,7 @@ def architecture_of(model: nn.Module) -> dict | None:  # {"name": …, "options"
 
     Returns
     -------
-    dict | None
+    dict[str, Any] | None
         {"name": …, "options": {…}}
     """
     a = getattr(model, "architecture", None)

@@ -50,6 +50,10 @@ class Twin:
         left as it is, and never run
     """
 
+    model: nn.Module
+    kept: list[Any]
+    draws: Any
+
     @torch.inference_mode(False)  # writes are counted by versions, which tensors made in inference mode lack
     def __init__(
         self,
@@ -187,7 +191,7 @@ def _of_attention(layer, query, key, value, **_):
     return {"in_proj_weight": torch.stack([torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]) for x in parts])}
 
 
-def attended(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+def attended(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     "What an attention's output projection multiplies, [1, rows, inputs]."
     twin, n = layer.__class__.__new__(layer.__class__), layer.out_proj.in_features
     like = next(p for p in layer.parameters())
@@ -330,8 +334,8 @@ def unseen(
 
 def rows_given(
     layer: nn.Module,  # compressed or not
-    args: tuple,  # of a call
-    kwargs: dict,
+    args: tuple[Any, ...],  # of a call
+    kwargs: dict[str, Any],
     # the parameters that are asked for; 'input': the first argument of a Linear or a convolution, also where its class
     # has a forward of its own; None: all, and 'out_proj.weight' of an attention
     keys: Any = None,
@@ -342,9 +346,9 @@ def rows_given(
     ----------
     layer : nn.Module
         compressed or not
-    args : tuple
+    args : tuple[Any, ...]
         of a call
-    kwargs : dict
+    kwargs : dict[str, Any]
     keys : Any, default None
         the parameters that are asked for; 'input': the first argument of a Linear or a convolution, also where its
         class has a forward of its own; None: all, and 'out_proj.weight' of an attention
@@ -390,14 +394,14 @@ def name_of(layer: str, owner: nn.Module, key: str) -> str:
 
 def points_of(
     model: nn.Module,
-    layers: tuple | None = None,  # classes of the layers that are looked at; None: all
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are looked at; None: all
 ) -> tuple[dict[str, Point], dict[str, str]]:  # name → where it is seen; name → why it is not
     """All matrices of a model.
 
     Parameters
     ----------
     model : nn.Module
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are looked at; None: all
 
     Returns
@@ -462,7 +466,7 @@ def watch(
     points: dict[str, Point],
     tell: Callable[[str, Tensor], None],  # is given a name and its rows, at each call
     batch: Callable[[], int],  # the number of the batch that runs, for errors
-) -> list:  # the hooks
+) -> list[torch.utils.hooks.RemovableHandle]:  # the hooks
     """Look at the rows of matrices while a model runs.
 
     Parameters
@@ -477,7 +481,7 @@ def watch(
 
     Returns
     -------
-    list
+    list[torch.utils.hooks.RemovableHandle]
         the hooks
     """
     at = {}

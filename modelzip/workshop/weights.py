@@ -7,6 +7,7 @@ __all__ = ['MOST_BESIDE', 'Weights', 'Beside', 'beside', 'alone', 'apart', 'put_
 
 # %% ../../nbs/workshop/weights.ipynb
 import collections
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ class Weights(nn.Module):
 
     weights_alone = True  # any model may take them
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "only the weights of this model are known; load the file into a model that has its code: load(path, model)"
         )
@@ -97,14 +98,14 @@ def put_apart(module: nn.Module, key: str, wrapper: Dequantize) -> None:
 
 
 def held_apart(
-    found: list,  # the `Item`s of a model that get compressed tensors
+    found: list[Any],  # the `Item`s of a model that get compressed tensors
     root: nn.Module,  # the model
 ) -> set[int]:  # identities of the modules whose tensors are to be set apart
     """Where several compressed tensors meet. `PackError` for more in a layer that computes than can be walked through.
 
     Parameters
     ----------
-    found : list
+    found : list[Any]
         the `Item`s of a model that get compressed tensors
     root : nn.Module
         the model

@@ -8,6 +8,7 @@ __all__ = ['ROOM', 'METHODS', 'moment_bytes', 'in_turns', 'moments_of', 'power',
 # %% ../../nbs/workshop/widths.ipynb
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -36,24 +37,24 @@ def moment_bytes(m: Matrix) -> int:
 
 
 def in_turns(
-    ties: Mapping[tuple, list],  # tie → its places
-    sources: Mapping[tuple, list],  # tie → the names under which its rows are seen
+    ties: Mapping[tuple[Any, ...], list[Any]],  # tie → its places
+    sources: Mapping[tuple[Any, ...], list[Any]],  # tie → the names under which its rows are seen
     room: float,  # bytes
-) -> Iterator[list[tuple]]:  # ties that are done together
+) -> Iterator[list[tuple[Any, ...]]]:  # ties that are done together
     """Fill turns one after the other; what is too large for any has one of its own.
 
     Parameters
     ----------
-    ties : Mapping[tuple, list]
+    ties : Mapping[tuple[Any, ...], list[Any]]
         tie → its places
-    sources : Mapping[tuple, list]
+    sources : Mapping[tuple[Any, ...], list[Any]]
         tie → the names under which its rows are seen
     room : float
         bytes
 
     Returns
     -------
-    Iterator[list[tuple]]
+    Iterator[list[tuple[Any, ...]]]
         ties that are done together
     """
     some, left = [], room
@@ -70,7 +71,7 @@ def in_turns(
 
 def moments_of(
     model: nn.Module,
-    batches: Iterable,  # see `feed`
+    batches: Iterable[Any],  # see `feed`
     names: Iterable[str],  # of `points_of`
 ) -> dict[str, LayerStatistics]:  # of those that some batch reached
     """What `calibrate` sums up, of some matrices.
@@ -78,7 +79,7 @@ def moments_of(
     Parameters
     ----------
     model : nn.Module
-    batches : Iterable
+    batches : Iterable[Any]
         see `feed`
     names : Iterable[str]
         of `points_of`
@@ -97,7 +98,7 @@ def moments_of(
 
 # %% ../../nbs/workshop/widths.ipynb
 # with data and without; the options are those that recipes have when they do not say otherwise
-METHODS = {
+METHODS: dict[str, Any] = {
     True: (gptq_weight, {"symmetric": True, "act_order": True, "damping": 0.05}),
     False: (nearest_weight, {"symmetric": True}),
 }
@@ -122,42 +123,42 @@ class Widths:
         the original
     jobs : list[Job]
         one for each choice
-    why : dict, default field(default_factory=dict)
+    why : dict[Any, str], default field(default_factory=dict)
         tie → why nothing is known of its inputs
-    seen : dict, default field(default_factory=dict)
+    seen : dict[Any, Any], default field(default_factory=dict)
         tie → what is known of them, as long as that is kept
-    wrong : dict, default field(default_factory=dict)
+    wrong : dict[Any, float], default field(default_factory=dict)
         choice and tie → share of what the tensor's product has
-    whole : dict, default field(default_factory=dict)
+    whole : dict[Any, Any], default field(default_factory=dict)
         tie → what that product has
     """
 
     model: nn.Module  # the original
     jobs: list[Job]  # one for each choice
-    why: dict = field(default_factory=dict)  # tie → why nothing is known of its inputs
-    seen: dict = field(default_factory=dict)  # tie → what is known of them, as long as that is kept
-    wrong: dict = field(default_factory=dict)  # choice and tie → share of what the tensor's product has
-    whole: dict = field(default_factory=dict)  # tie → what that product has
+    why: dict[Any, str] = field(default_factory=dict)  # tie → why nothing is known of its inputs
+    seen: dict[Any, Any] = field(default_factory=dict)  # tie → what is known of them, as long as that is kept
+    wrong: dict[Any, float] = field(default_factory=dict)  # choice and tie → share of what the tensor's product has
+    whole: dict[Any, Any] = field(default_factory=dict)  # tie → what that product has
 
-    def packed(self, choice: int, tie: tuple) -> CompressedTensor:
+    def packed(self, choice: int, tie: tuple[Any, ...]) -> CompressedTensor:
         "A tensor at a choice."
         self.make(choice, tie)
         return self.jobs[choice].packed[tie].q
 
-    def error(self, choice: int, tie: tuple) -> float:
+    def error(self, choice: int, tie: tuple[Any, ...]) -> float:
         "What is wrong with it, as a share of what its product with the inputs has."
         self.make(choice, tie)
         return self.wrong[choice, tie]
 
     def put_together(
         self,
-        picks: Mapping[tuple, int],  # tie → its choice
+        picks: Mapping[tuple[Any, ...], int],  # tie → its choice
     ) -> nn.Module:  # shares what is compressed
         """The model with a choice for each tensor.
 
         Parameters
         ----------
-        picks : Mapping[tuple, int]
+        picks : Mapping[tuple[Any, ...], int]
             tie → its choice
 
         Returns
@@ -171,10 +172,16 @@ class Widths:
             done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.jobs[picks[m.tie]].packed[m.tie], m.key)
         return copy_with(self.model, done)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def make(self, choice: int, tie: tuple[Any, ...]) -> None:
+            "Quantize a tensor, unless that was done before."
+            ...
+
 
 @patch
 @torch.no_grad()
-def make(self: Widths, choice: int, tie: tuple) -> None:
+def make(self: Widths, choice: int, tie: tuple[Any, ...]) -> None:
     "Quantize a tensor, unless that was done before."
     job = self.jobs[choice]
     if tie in job.packed:
@@ -192,8 +199,8 @@ def make(self: Widths, choice: int, tie: tuple) -> None:
 @torch.no_grad()
 def widths_of(
     model: nn.Module,  # it is left as it is
-    choices: list[dict],  # {"bits", "group"} or {"spacing"}
-    batches: Iterable | None = None,  # to calibrate with, see `feed`; None: rounded to nearest
+    choices: list[dict[str, Any]],  # {"bits", "group"} or {"spacing"}
+    batches: Iterable[Any] | None = None,  # to calibrate with, see `feed`; None: rounded to nearest
     later: Iterable[int] = (),  # choices that wait until they are asked for, if what is known of the inputs can be kept
     progress: bool = False,  # show a bar
 ) -> Widths:
@@ -204,9 +211,9 @@ def widths_of(
     ----------
     model : nn.Module
         it is left as it is
-    choices : list[dict]
+    choices : list[dict[str, Any]]
         {"bits", "group"} or {"spacing"}
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         to calibrate with, see `feed`; None: rounded to nearest
     later : Iterable[int], default ()
         choices that wait until they are asked for, if what is known of the inputs can be kept

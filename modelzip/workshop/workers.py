@@ -10,6 +10,7 @@ import atexit, contextlib, os, queue, sys, threading, time, weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -27,12 +28,18 @@ class WorkerDied(RuntimeError):
 class Counts:
     "What a pool has done; several threads add to it."
 
+    values: Counter[str]
+
     def __init__(self):
         self.lock, self.values = threading.Lock(), Counter()
 
     def add(self, **more: int) -> None:
         with self.lock:
             self.values.update(more)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lock: threading.Lock
 
 
 def begin(request: Request, counts: Counts) -> bool:
@@ -47,7 +54,7 @@ def begin(request: Request, counts: Counts) -> bool:
     return False
 
 # %% ../../nbs/workshop/workers.ipynb
-def answer_all(batch: list[Request], run: Callable, counts: Counts) -> None:
+def answer_all(batch: list[Request], run: Callable[..., Any], counts: Counts) -> None:
     "Compute a batch and keep all promises, whatever happens."
     ok, outcomes = attempted(run, [r.sample for r in batch])
     if not ok:
@@ -66,7 +73,7 @@ def answer_all(batch: list[Request], run: Callable, counts: Counts) -> None:
         raise struck
 
 
-def _work(line: Line, run: Callable, counts: Counts, most: int, wait: float | None) -> None:
+def _work(line: Line, run: Callable[..., Any], counts: Counts, most: int, wait: float | None) -> None:
     "Batch after batch. What goes wrong outside the model belongs to the batch that was in hand."
     hopes, patience = (1, 0.0) if wait is None else (most, wait)
     while True:
@@ -99,7 +106,9 @@ def break_promises(requests: list[Request], kind: type, said: str, cause: BaseEx
             r.future.set_exception(error)
 
 
-def _serve(line: Line, run: Callable, counts: Counts, settings: dict, ready: queue.SimpleQueue) -> None:
+def _serve(
+    line: Line, run: Callable[..., Any], counts: Counts, settings: dict[str, Any], ready: queue.SimpleQueue
+) -> None:
     "The life of a worker. When it ends before its time, the pool is closed, and says why."
     try:
         with torch.no_grad(), intra_op_threads(settings["intra_op"]):
@@ -119,7 +128,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_open.clear)  # threads do not survive a fork
 
 
-def hire(line: Line, runs: list, counts: Counts, settings: dict) -> list[threading.Thread]:
+def hire(line: Line, runs: list[Any], counts: Counts, settings: dict[str, Any]) -> list[threading.Thread]:
     "Start a thread for each runner; they are at work when this returns."
     ready = queue.SimpleQueue()
 

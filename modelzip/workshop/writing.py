@@ -26,29 +26,29 @@ SOON = 2**13  # bytes: what is smaller is done sooner than it is given to anothe
 
 
 def ahead(
-    f: Callable,
-    xs: Iterable,
+    f: Callable[[Any], Any],
+    xs: Iterable[Any],
     pool: Any,  # an executor
-    weight: Callable,  # bytes that the result for an x may have
+    weight: Callable[[Any], int],  # bytes that the result for an x may have
     most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
-) -> Iterator:  # f(x) for each x, in order
+) -> Iterator[Any]:  # f(x) for each x, in order
     """The executor's `map` for long lists: it does not run away from whoever takes the results. What is small is done
     in this thread.
 
     Parameters
     ----------
-    f : Callable
-    xs : Iterable
+    f : Callable[[Any], Any]
+    xs : Iterable[Any]
     pool : Any
         an executor
-    weight : Callable
+    weight : Callable[[Any], int]
         bytes that the result for an x may have
     most : int, default WAITING
         bytes that may wait; a result that is larger waits alone
 
     Returns
     -------
-    Iterator
+    Iterator[Any]
         f(x) for each x, in order
     """
     pending, held = collections.deque(), 0
@@ -71,7 +71,9 @@ def coded_pieces(
     pieces: Iterable[tuple[Piece, bool, int]],  # from `arranged`: the piece, whether it is coded, its alignment
     threads: int,
     prove: bool = False,  # expand what was coded, and compare
-) -> Iterator[tuple[Piece, list | None, int]]:  # the piece, its bytes as they are stored (several parts), its alignment
+) -> Iterator[
+    tuple[Piece, list[Any] | None, int]
+]:  # the piece, its bytes as they are stored (several parts), its alignment
     """Turn pieces into bytes, in order; what is coded is coded by several threads. None: they are the base's.
 
     Parameters
@@ -84,7 +86,7 @@ def coded_pieces(
 
     Returns
     -------
-    Iterator[tuple[Piece, list | None, int]]
+    Iterator[tuple[Piece, list[Any] | None, int]]
         the piece, its bytes as they are stored (several parts), its alignment
     """
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
@@ -114,7 +116,9 @@ LARGE = 2**16  # bytes: what has as many begins at a multiple of `ALIGN` in a ma
 # %% ../../nbs/workshop/writing.ipynb
 def write_payload(
     f: BinaryIO,  # stands where the payload begins
-    stored: Iterable[tuple[Piece, list, int]],  # in their order: the piece, its bytes as they are stored, its alignment
+    stored: Iterable[
+        tuple[Piece, list[Any], int]
+    ],  # in their order: the piece, its bytes as they are stored, its alignment
 ) -> tuple[int, int]:  # the payload's CRC-32; the lowest version of the format that can say it
     """Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are.
 
@@ -122,7 +126,7 @@ def write_payload(
     ----------
     f : BinaryIO
         stands where the payload begins
-    stored : Iterable[tuple[Piece, list, int]]
+    stored : Iterable[tuple[Piece, list[Any], int]]
         in their order: the piece, its bytes as they are stored, its alignment
 
     Returns
@@ -149,7 +153,7 @@ def write_payload(
 def write_piece(
     f: BinaryIO,
     piece: Piece,
-    data: list,  # bytes, in several parts
+    data: list[Any],  # bytes, in several parts
     crc: Checksum,  # of the payload so far
 ) -> int:  # their number
     """Write one piece where the file stands.
@@ -158,7 +162,7 @@ def write_piece(
     ----------
     f : BinaryIO
     piece : Piece
-    data : list
+    data : list[Any]
         bytes, in several parts
     crc : Checksum
         of the payload so far
@@ -183,14 +187,14 @@ def write_piece(
 
 
 def lowest_version(
-    manifest: dict,  # of what has been written; loses a `base` of which nothing was taken
+    manifest: dict[str, Any],  # of what has been written; loses a `base` of which nothing was taken
     version: int,  # from `write_payload`
 ) -> int:
     """The lowest version of the format that can read it.
 
     Parameters
     ----------
-    manifest : dict
+    manifest : dict[str, Any]
         of what has been written; loses a `base` of which nothing was taken
     version : int
         from `write_payload`
@@ -216,7 +220,9 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 # %% ../../nbs/workshop/writing.ipynb
-def check_saving(model: Any, archive: Any, threads: int | None, info: dict, base: Any = None) -> int:  # threads
+def check_saving(
+    model: Any, archive: Any, threads: int | None, info: dict[str, Any], base: Any = None
+) -> int:  # threads
     """Errors for what `save` cannot do, before it does anything.
 
     Parameters
@@ -224,7 +230,7 @@ def check_saving(model: Any, archive: Any, threads: int | None, info: dict, base
     model : Any
     archive : Any
     threads : int | None
-    info : dict
+    info : dict[str, Any]
     base : Any, default None
 
     Returns

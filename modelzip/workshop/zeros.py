@@ -9,6 +9,7 @@ __all__ = ['run_length', 'gaps', 'golomb_rice', 'runs', 'encode_runs', 'copied',
 # %% ../../nbs/workshop/zeros.ipynb
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ run_length = CODERS["run_length"] = Coder("run_length", encode_runs, decode_runs
 # %% ../../nbs/workshop/zeros.ipynb
 def find_gaps(
     data: bytes,  # not empty
-) -> tuple[int, list, bytes]:  # the background; the gaps; the values
+) -> tuple[int, list[Any], bytes]:  # the background; the gaps; the values
     """See bytes as a background, the most frequent byte, and other values that stand in it.
     Gaps say how much background lies before each value, and after the last.
 
@@ -76,7 +77,7 @@ def find_gaps(
 
     Returns
     -------
-    tuple[int, list, bytes]
+    tuple[int, list[Any], bytes]
         the background; the gaps; the values
     """
     x = np.frombuffer(data, np.uint8)

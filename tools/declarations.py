@@ -1,0 +1,168 @@
+"""What checkers of types and editors cannot see in a class, declared in it.
+
+They do not run fastcore's `@patch`, so that they know nothing of `report.table()`; and what `__init__` sets without an
+annotation, each may infer as something else. tools/export.py gives each cell that becomes a module to
+`with_declarations`: a class ends with what plainly follows, under `TYPE_CHECKING`, which is false when the module
+runs. The notebooks stay as they are.
+"""
+
+import ast, copy, re, textwrap
+
+HEAD = "    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch"
+WIDTH = 120
+PLAIN = {"bool", "bytearray", "bytes", "float", "int", "str"}  # what a call of these returns
+OPEN = {
+    "Counter",
+    "Future",
+    "SimpleQueue",
+    "TypeVar",
+    "WeakIdKeyDictionary",
+    "WeakKeyDictionary",
+}  # of what is not said
+
+
+def declarations(sources):
+    "Name of a class that these cells define → the lines that declare what it has."
+    trees = [tree for s in sources if (tree := parsed(s)) is not None]
+    classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
+    found = {}
+    for name, c in classes.items():
+        if kinds := attributes(c, classes):
+            found[name] = ["", *(f"        {a}: {kind}" for a, kind in kinds.items()), ""]
+    for n in (n for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)):
+        if (mark := patched(n)) is not None and (name := ast.unparse(n.args.args[0].annotation)) in classes:
+            found.setdefault(name, [""]).extend(declaration(n, mark))
+    return found
+
+
+def parsed(source):
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # a magic
+        return None
+
+
+def patched(node):
+    "None for a function of its own; else what it becomes: the decorator in a class, or nothing."
+    for d in node.decorator_list:
+        if ast.unparse(d).partition("(")[0] == "patch":
+            how = {k.arg for k in d.keywords} if isinstance(d, ast.Call) else set()
+            return "@property" if "as_prop" in how else "@classmethod" if "cls_method" in how else ""
+    return None
+
+
+def declaration(node, mark):
+    "A method without its body, with the first paragraph of what it says of itself."
+    f = copy.deepcopy(node)
+    f.decorator_list, f.args.args[0].annotation = [], None
+    f.args.args[0].arg = "cls" if mark == "@classmethod" else "self"
+    given, returns = arguments(f.args), f" -> {ast.unparse(f.returns)}" if f.returns else ""
+    head = f"def {f.name}({', '.join(given)}){returns}:"
+    if len(head) > WIDTH - 8:
+        head = f"def {f.name}(\n    " + "\n    ".join(a + "," for a in given) + f"\n){returns}:"
+    said = textwrap.fill((ast.get_docstring(node) or "").partition("\n\n")[0], WIDTH - 15)
+    quote = '"""' if "\n" in said or '"' in said else '"'
+    escaped = said.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    body = [*f"{quote}{escaped}{quote}".splitlines(), "..."] if said and not said.endswith('"') else ["..."]
+    lines = [*([mark] if mark else []), *head.splitlines(), *("    " + line for line in body), ""]
+    return [(" " * 8 + line).rstrip() for line in lines]
+
+
+def arguments(args):
+    "Each argument as text, with stars, annotation and default."
+    text = ast.unparse(args)
+    cuts, depth, quoted = [-1], 0, None
+    for i, c in enumerate(text):
+        if quoted:
+            quoted = None if c == quoted else quoted
+        elif c in "\"'":
+            quoted = c
+        else:
+            depth += (c in "([{") - (c in ")]}")
+            if c == "," and not depth:
+                cuts.append(i)
+    each = [text[a + 1 : b].strip() for a, b in zip(cuts, [*cuts[1:], len(text)])]
+    return [re.sub(r"^(\w+: [^=]*)=", r"\1 = ", a) for a in each]
+
+
+def attributes(c, classes):
+    "Public attribute → type, of those that `__init__` sets without an annotation to something whose type is plain."
+    init = next((n for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init is None or any("dataclass" in ast.unparse(d) for d in c.decorator_list):
+        return {}
+    nodes = list(ast.walk(init))
+    changed = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    a = init.args
+    known = {p.arg: in_text(p.annotation) for p in (*a.posonlyargs, *a.args, *a.kwonlyargs) if p.annotation}
+    known = {name: kind for name, kind in known.items() if name not in changed}
+    declared, found = declares(c, classes), {}
+    for n in (n for n in nodes if isinstance(n, ast.Assign)):
+        for target in n.targets:
+            several = isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple)
+            if several and len(target.elts) == len(n.value.elts):
+                pairs = zip(target.elts, n.value.elts)
+            else:
+                pairs = [(t, None) for t in target.elts] if isinstance(target, ast.Tuple) else [(target, n.value)]
+            for t, value in pairs:
+                if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self" and not t.attr.startswith("_"):
+                    found.setdefault(t.attr, set()).add(value and kind_of(value, known))
+    return {n: k for n, kinds in found.items() if n not in declared and len(kinds) == 1 for k in kinds if k}
+
+
+def declares(c, classes):
+    "What a class says of its attributes, and its bases of the same notebook."
+    targets = [n.target for n in ast.walk(c) if isinstance(n, ast.AnnAssign)]
+    names = {t.attr if isinstance(t, ast.Attribute) else t.id for t in targets if not isinstance(t, ast.Subscript)}
+    names |= {n.name for n in c.body if isinstance(n, ast.FunctionDef)}
+    names |= {
+        t.id for n in c.body if isinstance(n, ast.Assign) for t in ast.walk(n.targets[0]) if isinstance(t, ast.Name)
+    }
+    bases = [classes[b.id] for b in c.bases if isinstance(b, ast.Name) and b.id in classes]
+    return names.union(*({*declares(b, classes), *attributes(b, classes)} for b in bases))
+
+
+def kind_of(value, known):
+    "The type of an expression that is an argument, a number, a text, or a new object; None for others."
+    if isinstance(value, ast.Name):
+        return known.get(value.id)
+    if isinstance(value, ast.Constant):
+        return type(value.value).__name__ if type(value.value).__name__ in PLAIN else None
+    if isinstance(value, ast.JoinedStr):
+        return "str"
+    if isinstance(value, ast.Call) and isinstance(value.func, (ast.Name, ast.Attribute)):
+        name = ast.unparse(value.func)
+        last = name.rpartition(".")[2]
+        made = last[:1].isupper() and not last.isupper() and last not in OPEN
+        return name if made or name in PLAIN else None
+    return None
+
+
+def in_text(kind):
+    "An annotation as it is read; one that is quoted, without its quotes."
+    return kind.value if isinstance(getattr(kind, "value", None), str) else ast.unparse(kind)
+
+
+def with_declarations(source, found):
+    "A cell whose classes declare what they get."
+    tree = parsed(source)
+    lines = source.splitlines()
+    for n in reversed(tree.body if tree and found else []):
+        if isinstance(n, ast.ClassDef) and n.name in found:
+            lines[n.end_lineno : n.end_lineno] = ["", HEAD, *found[n.name][:-1]]
+    return "\n".join(lines)
+
+
+def with_import(source):
+    "The first cell of a module that imports, with `TYPE_CHECKING`; None when it imports nothing."
+    tree = parsed(source)
+    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))] if tree else []
+    if not imports:
+        return None
+    lines = source.splitlines()
+    typing = next((n for n in imports if isinstance(n, ast.ImportFrom) and n.module == "typing"), None)
+    if typing is None:
+        lines.insert(imports[0].lineno - 1, "from typing import TYPE_CHECKING")
+    else:
+        typing.names = sorted([*typing.names, ast.alias("TYPE_CHECKING")], key=lambda a: a.name)
+        lines[typing.lineno - 1 : typing.end_lineno] = [ast.unparse(typing)]
+    return "\n".join(lines)
