@@ -86,6 +86,25 @@ def browser(chromium):
     assert [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")] == []
 
 
+OPEN = """
+    const [page, width, done] = arguments, frame = document.createElement('iframe');
+    frame.style = 'border: 0; height: 900px; opacity: 0';
+    frame.width = width;
+    frame.onload = () => done();
+    frame.src = page;
+    document.body.replaceChildren(frame);"""
+
+
+def open_in_a_frame(browser, address, page, width):
+    """A page of the site in a frame that is laid out and not painted, which takes two thirds of the work of a window; what
+    comes next is asked of it. It is made wider or narrower in place."""
+    if browser.current_url != address + FRAMES:
+        browser.get(address + FRAMES)
+    browser.switch_to.default_content()
+    browser.execute_async_script(OPEN, page, width)
+    browser.switch_to.frame(0)
+
+
 def wait(browser, script, *arguments, seconds=5):
     from selenium.webdriver.support.ui import WebDriverWait
 
