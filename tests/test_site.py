@@ -459,14 +459,13 @@ PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 MOVING = sorted({*EXPLORED, *MATH})
 STILL = [name for p in site.notebooks(ROOT / "nbs") if (name := Path(site.page_name(p)).stem) not in MOVING]
-WIDTHS = 390, 1280
 
 
 @browser_only
 @pytest.mark.parametrize("chapter", MOVING)
 def test_what_moves_and_what_is_typeset(browser, address, chapter):
-    open_in_a_frame(browser, address, f"{chapter}.html", WIDTHS[0])
-    fits_the_window(browser)
+    fits_the_window(browser, address, chapter)
+    browser.switch_to.frame(0)
     if chapter in MATH:
         mathematics_is_typeset(browser)
     if chapter in EXPLORED:
@@ -477,20 +476,14 @@ def test_what_moves_and_what_is_typeset(browser, address, chapter):
 @pytest.mark.parametrize("page", STILL)
 def test_pages_fit_the_window(browser, address, page):
     "The others: those on which something moves are measured above."
-    open_in_a_frame(browser, address, f"{page}.html", WIDTHS[0])
-    fits_the_window(browser)
+    fits_the_window(browser, address, page)
 
 
-def fits_the_window(browser):
-    "A telephone's, and a computer's, as which it stays."
-    for width in WIDTHS:
-        wide, inner, main = browser.execute_script(WIDE, width)
+def fits_the_window(browser, address, page):
+    "A telephone's, and then a computer's."
+    widths = 390, 1280
+    for width, (wide, inner, main) in zip(widths, open_in_a_frame(browser, address, f"{page}.html", widths)):
         assert wide <= width and inner == width and main > width / 3
-
-
-WIDE = """
-    frameElement.width = arguments[0];
-    return [document.documentElement.scrollWidth, innerWidth, document.querySelector('main').offsetWidth];"""
 
 
 def explorers_turn(browser):
