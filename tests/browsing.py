@@ -84,6 +84,28 @@ def browser(chromium):
     assert [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")] == []
 
 
+OPEN = """
+    const [page, widths, done] = arguments, frame = document.createElement('iframe');
+    frame.style = 'border: 0; height: 900px; opacity: 0';
+    frame.width = widths[0];
+    frame.onload = () => done(widths.map(width => {
+      frame.width = width;
+      const shown = frame.contentDocument;
+      return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, shown.querySelector('main').offsetWidth];
+    }));
+    frame.src = page;
+    document.body.replaceChildren(frame);"""
+
+
+def open_in_a_frame(browser, address, page, widths):
+    """A page of the site in a frame that is laid out and not painted: two thirds of the work of a window, and the same
+    layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then."""
+    if browser.current_url != address + FRAMES:
+        browser.get(address + FRAMES)
+    browser.switch_to.default_content()
+    return browser.execute_async_script(OPEN, page, widths)
+
+
 def wait(browser, script, *arguments, seconds=5):
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -287,6 +287,9 @@ HOW = {
 }
 
 
+SORTS = *HOW, "tied, compressed", "large enough for every coder"
+
+
 def sorts():
     "Name → a small model."
     yield from ((name, Sample(how).eval()) for name, how in HOW.items())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import FRAMES, ROOT, browser_only, site, wait
+from browsing import ROOT, browser_only, open_in_a_frame, site, wait
 from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
@@ -457,14 +457,33 @@ EVERY_FRAME = """
 PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 
+MOVING = sorted({*EXPLORED, *MATH})
+STILL = [name for p in site.notebooks(ROOT / "nbs") if (name := Path(site.page_name(p)).stem) not in MOVING]
+
+
 @browser_only
-@pytest.mark.parametrize("chapter", sorted({*EXPLORED, *MATH}))
+@pytest.mark.parametrize("chapter", MOVING)
 def test_what_moves_and_what_is_typeset(browser, address, chapter):
-    browser.get(f"{address}/{chapter}.html")
+    fits_the_window(browser, address, chapter)
+    browser.switch_to.frame(0)
     if chapter in MATH:
         mathematics_is_typeset(browser)
     if chapter in EXPLORED:
         explorers_turn(browser)
+
+
+@browser_only
+@pytest.mark.parametrize("page", STILL)
+def test_pages_fit_the_window(browser, address, page):
+    "The others: those on which something moves are measured above."
+    fits_the_window(browser, address, page)
+
+
+def fits_the_window(browser, address, page):
+    "A telephone's, and then a computer's."
+    widths = 390, 1280
+    for width, (wide, inner, main) in zip(widths, open_in_a_frame(browser, address, f"{page}.html", widths)):
+        assert wide <= width and inner == width and main > width / 3
 
 
 def explorers_turn(browser):
@@ -520,34 +539,6 @@ def mathematics_is_typeset(browser):
         "return document.fonts.status == 'loaded' && [...document.fonts].some(f => f.family.includes('KaTeX') &&"
         " f.status == 'loaded')",
     )
-
-
-WIDE = """
-    const [page, widths, done] = arguments, frame = document.createElement('iframe');
-    frame.style = 'border: 0; height: 900px; visibility: hidden';  // laid out, not painted
-    frame.width = widths[0];
-    frame.onload = () => {
-      const found = widths.map(w => {
-        frame.width = w;
-        const shown = frame.contentDocument;
-        return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, shown.querySelector('main').offsetWidth];
-      });
-      frame.remove();
-      done(found);
-    };
-    frame.src = page;
-    document.body.append(frame);"""
-
-
-@browser_only
-@pytest.mark.parametrize("chapter", [site.page_name(p).removesuffix(".ipynb") for p in site.notebooks(ROOT / "nbs")])
-def test_pages_fit_the_window(browser, address, chapter):
-    "In a frame, which is made narrow in place: a quarter of the work of a window, and the same layout."
-    if browser.current_url != address + FRAMES:
-        browser.get(address + FRAMES)
-    widths = (1280, 390)
-    for width, (wide, inner, main) in zip(widths, browser.execute_async_script(WIDE, f"{chapter}.html", widths)):
-        assert wide <= width and inner == width and main > width / 3
 
 
 def search(browser, word):

@@ -4,7 +4,6 @@ of it, slides without a network, and marks that no notebook can give itself."""
 import csv, json, re, resource, subprocess, sys, threading, types
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -38,6 +37,8 @@ def solutions(name):
 
 @pytest.mark.parametrize("name", course.exercised())
 def test_a_handout_gives_nothing_away(name):
+    import nbformat
+
     nb = course.handout(name)
     nbformat.validate(nbformat.from_dict(nb))
     assert len(solutions(name)) >= 2 and not lines(nb["cells"]) & solutions(name)

@@ -1,6 +1,6 @@
 """Updates: a model from what has changed and the file that it changed from is the model, or there is an error."""
 
-import copy, json, os, random, zipfile
+import copy, functools, json, os, random, zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -42,8 +42,11 @@ def changed(model, seed, share=0.5):
     return new
 
 
-def models():
-    "Name → an old and a new one."
+LENETS = "LeNet, 4 bits", "LeNet, codebook", "sparse", "sparse, 4 bits", "trellis", "other widths", "expanded"
+
+
+def made():
+    "Name, and an old model and a new one."
     for name, m in mutations.sorts():
         yield name, (m, changed(m, 1))
     with seeded(0):
@@ -55,8 +58,8 @@ def models():
         pruned = [prune_model(x, 0.7, scope="layer") for x in (m, n)]
         examples = [torch.rand(4, 1, 28, 28)]
         m.conv1.bias.data[:3] = n.conv1.bias.data[:3] = 0.5
-    yield "4 bits", (quantize_model(m, 4, group=50), quantize_model(n, 4, group=50))
-    yield "codebook", (quantize_model(m, 3, codebook="kmeans"), quantize_model(n, 3, codebook="kmeans"))
+    yield "LeNet, 4 bits", (quantize_model(m, 4, group=50), quantize_model(n, 4, group=50))
+    yield "LeNet, codebook", (quantize_model(m, 3, codebook="kmeans"), quantize_model(n, 3, codebook="kmeans"))
     yield "sparse", tuple(map(sparsify_model, pruned))
     yield "sparse, 4 bits", tuple(sparsify_model(x, bits=4) for x in pruned)
     yield "trellis", tuple(trellis(x, examples, bits=3.0) for x in (m, n))
@@ -64,16 +67,24 @@ def models():
     yield "expanded", (quantize_model(m, 8), n)
 
 
-MODELS = dict(models())
+@functools.cache
+def models():
+    "Name → an old model and a new one, when the first test asks."
+    found = dict(made())
+    assert [*found] == NAMES
+    return found
+
+
+NAMES = [*mutations.SORTS, *LENETS]
 
 
 @pytest.mark.hypothesis
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_update_is_the_model(tmp_path, name):
     "All that loads from it is what loads from a file of its own, whatever its base is like."
-    old, new = MODELS[name]
+    old, new = models()[name]
     ways = [[(True, True), (False, False)], [(False, True), (True, False)]]  # in turn; all in a search
-    for i, (below, archive) in enumerate(sum(ways, []) if FUZZ else ways[[*MODELS].index(name) % 2]):
+    for i, (below, archive) in enumerate(sum(ways, []) if FUZZ else ways[NAMES.index(name) % 2]):
         base, full = save(old, tmp_path / "old.mz", below), save(new, tmp_path / "full.mz", archive, note=i)
         update = save(new, tmp_path / "new.mz", archive, base=base, note=i)
         assert mutations.state(load(update, new)) == mutations.state(load(full, new))
@@ -306,7 +317,7 @@ def test_stored_updates_are_still_read():
 def test_damaged_updates_and_damaged_bases(tmp_path):
     "Damage is refused or changes nothing; forgery is refused, or all ways of reading agree."
     rng, outcomes, files = random.Random(FUZZ or 3), Counter(), []
-    for i, (name, (old, new)) in enumerate(share(MODELS.items(), 6)):
+    for i, (name, (old, new)) in enumerate(share(models().items(), 6)):
         for archive in True, False:
             base, path = tmp_path / f"{i}{archive}.mz", tmp_path / "x.mz"
             save(new, path, archive, base=save(old, base, archive))

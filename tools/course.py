@@ -20,8 +20,6 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-from nbconvert.filters import Highlight2HTML, markdown2html
-
 import book_site as site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,11 +164,18 @@ def edition(name):
 
 # ------------------------------------------------------------------------------------------------ rendering
 
-coloured = cache(lambda code: Highlight2HTML()(code, language="python"))
+
+@cache
+def coloured(code):
+    from nbconvert.filters import Highlight2HTML  # who only looks at notebooks need not wait a second for it
+
+    return Highlight2HTML()(code, language="python")
 
 
 def prose(markdown, here=""):
     "Markdown as HTML, with links that lead where the pages of the course lie."
+    from nbconvert.filters import markdown2html
+
     html = re.sub(r'<a class="anchor-link".*?</a>', "", markdown2html(markdown))
     html = re.sub(r'<h(\d) id="[^"]*">(.*?)</h\1>', lambda m: heading(m[1], m[2]), html, flags=re.S)
     return re.sub(r'href="((?:\.\./)?(?:\w+/)?\w+)\.ipynb', lambda m: f'href="{page_of(m[1], here)}', html)

@@ -4,21 +4,26 @@ tools/export.py gives each cell that becomes a module to `with_parameters`; the 
 """
 
 import ast, io, textwrap, tokenize
+from functools import cache
 
 WIDTH = 118
 
 
 def with_parameters(
     source,  # of a cell
-    known=None,  # name of a function → (definition, comments of its cell), for options that are handed on
+    known=None,  # name of a function → (definition, its cell's source), for options that are handed on
 ):
     "The cell with sections in the docstrings of its public functions and classes; what it does stays the same."
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a magic
         return source
+    if not any(map(is_public, tree.body)):
+        return source
     said, lines = comments(source), source.splitlines()
     found = [(node.body[0], text) for node, text in documented(tree, said, known or {})]
+    if not found:
+        return source
     for doc, text in sorted(found, key=lambda pair: -pair[0].lineno):
         lines[doc.lineno - 1 : doc.end_lineno] = text
     new = "\n".join(lines)
@@ -26,10 +31,15 @@ def with_parameters(
     return new
 
 
+def is_public(node):
+    "Whether a statement defines something for users."
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+
+
 def documented(tree, said, known):
     "Each public definition whose docstring gets a section, with the lines of the new docstring."
     for n in tree.body:
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_"):
+        if is_public(n):
             if ast.get_docstring(n) and (text := docstring(n, said, known)):
                 yield n, text
             if isinstance(n, ast.ClassDef):
@@ -43,7 +53,7 @@ def docstring(node, said, known):
         bases = [known[b.id] for b in node.bases if isinstance(b, ast.Name) and b.id in known]
         if not bases:
             return None
-        made, said = bases[0]
+        made, said = known_of(bases[0])
     given, gives = parameters(made, said, known), returned(made, said) if made is node else None
     if not any(text for *_, text in given) and not gives:
         return None
@@ -62,6 +72,11 @@ def docstring(node, said, known):
         body += ["Returns", "-------", *entry(gives, indent), ""]
     quoted = ['"""' + body[0], *body[1:-1], '"""']
     return [(indent + line).rstrip() for line in quoted]
+
+
+def known_of(entry):
+    "A definition, and the comments of its cell."
+    return entry[0], comments(entry[1])
 
 
 def takes(node):
@@ -106,7 +121,7 @@ def handed_on(node, known):
         if isinstance(mark, ast.Call) and getattr(mark.func, "id", "") == "options_of":
             but = [ast.literal_eval(k.value) for k in mark.keywords if k.arg == "but"]
             names = [getattr(a, "id", None) or a.attr for a in mark.args]
-            given = [p for n in names for p in parameters(*known[n], known)]
+            given = [p for n in names for p in parameters(*known_of(known[n]), known)]
             return [p for p in given if p[2] is not None and p[0] not in (but or [()])[0]]
     return []
 
@@ -142,6 +157,7 @@ def spots(node):
     return [(s + p.arg, p.annotation, d, p.lineno, (d or p).end_lineno) for (s, p), d in pairs]
 
 
+@cache
 def comments(source):
     "Line → (whether it has nothing else, text) of each comment."
     lines = source.splitlines()
@@ -178,8 +194,7 @@ def comments_beside(node, said):
 
 
 def without_docstrings(tree):
-    "A program as text, without what its docstrings say."
-    tree = ast.parse(ast.unparse(tree))
+    "A program as text, without what its docstrings say; the tree loses them, too."
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body[0] = ast.Pass()

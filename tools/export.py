@@ -15,7 +15,7 @@ from nbdev.doclinks import _build_modidx, nbglob
 from nbdev.export import nb_export
 
 from declarations import declarations, with_declarations, with_import
-from docstrings import comments, takes, with_parameters
+from docstrings import takes, with_parameters
 
 FRONT = {  # module → its names that `modelzip.` has: what somebody with a model of their own calls
     "auto": "compress",
@@ -101,7 +101,7 @@ def exported(path):
 
 
 def definitions(paths):
-    "Name of a function, or of a class → the definition that says what it takes, and the comments of its cell."
+    "Name of a function, or of a class → the definition that says what it takes, and the source of its cell."
     found = {}
     for path in paths:
         for source in exported(path):
@@ -109,10 +109,9 @@ def definitions(paths):
                 tree = ast.parse(source)
             except SyntaxError:  # a magic
                 continue
-            said = comments(source)
             for n in tree.body:
                 if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and (made := takes(n)) is not None:
-                    found[n.name] = made, said
+                    found[n.name] = made, source
     return found
 
 
