@@ -64,11 +64,9 @@ def float_rest(words: np.ndarray) -> np.ndarray:  # uint8: sign, then 7 bits
     np.ndarray
         uint8: sign, then 7 bits
     """
-    top = 8 * words.itemsize - 16
-    rest, sign = low_byte(words, top), low_byte(words, top + 8)
+    rest, negative = low_byte(words, 8 * words.itemsize - 16), words.view(f"i{words.itemsize}") < 0
     rest &= 0x7F
-    sign &= 0x80
-    rest |= sign
+    rest |= negative.view(np.uint8) * np.uint8(0x80)
     return rest
 
 # %% ../nbs/04a_lossless.ipynb
@@ -164,11 +162,14 @@ def join_floats(
         words for the result
     """
     top, word = 8 * out.itemsize - 16, out.dtype.type
-    np.multiply(rest, word(0x101 << top), out=out)
-    out &= word(0x807F << top)
+    out.view(f"i{out.itemsize}")[:] = rest.view(np.int8)  # the sign fills all bits above
+    out &= word(0x807F)
+    if top:
+        out <<= word(top)
     moved = np.empty_like(out)
     for plane, shift in [(symbols, top + 7), *((plane, 8 * j) for j, plane in enumerate(low))]:
-        out |= np.multiply(plane, word(1 << shift), out=moved)  # a byte that becomes a word on the way
+        moved[:] = plane
+        out |= np.left_shift(moved, word(shift), out=moved)
 
 # %% ../nbs/04a_lossless.ipynb
 from .workshop.arguments import name_arguments

@@ -271,6 +271,7 @@ def looks_ordinary(
     width : int
         bytes of an element
     """
-    some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)]
-    values, counts = np.unique(some, return_counts=True)
-    return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(values) > len(some))
+    some = np.sort(data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)])
+    ends = np.flatnonzero(np.append(some[1:] != some[:-1], len(some) > 0)) + 1  # of each value
+    counts = np.diff(ends, prepend=0)
+    return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(counts) > len(some))
