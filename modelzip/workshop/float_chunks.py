@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..lossless import float_rest, float_symbols, has_room, join_floats, low_byte, seven_for_eight
-from .blocks import FLOAT_PLANES, PLANES, RAW, ZSTD, expand_bytes, take_pieces, zstd_compress
+from ..lossless import best_window, float_rest, float_symbols, join_floats, low_byte, pack_pairs, unpack_pairs
+from .blocks import FLOAT_PAIRS, FLOAT_PLANES, PLANES, RAW, ZSTD
+from .blocks import expand_bytes, take_pieces, zstd_compress
 from .coders import CodingError, write_varint
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 HUFFMAN = dict(strategy=1, min_match=7, hash_log=6)  # zstandard's quickest strategy; it remembers 64 places
+PAIRS = HUFFMAN | dict(window_log=15)  # and a new code for every 32 KiB
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def shortened(plane: np.ndarray) -> bytes | None:
@@ -67,11 +69,73 @@ def told(plane: np.ndarray) -> float:  # bytes
     return step * float(bits.sum()) / 8
 
 # %% ../../nbs/workshop/float_chunks.ipynb
-def gains_by_room(words: np.ndarray) -> bool:
-    "Whether symbols that take a bit of the fraction along save more than a 64th of a bit each, in a sample."
-    some = words[: 1 << 13]
-    without, within = (len(zstd_compress(float_symbols(some, room), **HUFFMAN)) for room in (0, 1))
-    return 8 * (without - within) + len(some) > len(some) / 64
+def coded_strays(
+    at: np.ndarray,  # places, in order
+    symbols: np.ndarray,  # uint8, all of them
+) -> bytes:
+    """Where the strays are, and what.
+
+    Parameters
+    ----------
+    at : np.ndarray
+        places, in order
+    symbols : np.ndarray
+        uint8, all of them
+    """
+    counts = np.bincount(at >> 16, minlength=-(-len(symbols) >> 16))
+    return b"".join(x.tobytes() for x in (counts.astype("<u4"), at.astype("<u2"), symbols[at]))
+
+
+def put_strays(data: bytes, symbols: np.ndarray) -> None:  # from `coded_strays`; changed
+    """Put each into its place; `CodingError` for a place that there is not.
+
+    Parameters
+    ----------
+    data : bytes
+    symbols : np.ndarray
+
+    Returns
+    -------
+    None
+        from `coded_strays`; changed
+    """
+    blocks = -(-len(symbols) >> 16)
+    counts = np.frombuffer(data[: 4 * blocks], "<u4")
+    n = int(counts.sum(dtype=np.int64)) if len(counts) == blocks else -1
+    if len(data) != 4 * blocks + 3 * n:
+        raise CodingError("the strays of a chunk of floats have a wrong size")
+    at = np.frombuffer(data, "<u2", n, 4 * blocks) + np.repeat(np.arange(blocks) << 16, counts)
+    if n and int(at.max()) >= len(symbols):
+        raise CodingError("a stray of a chunk of floats lies behind its end")
+    symbols[at] = np.frombuffer(data, np.uint8, n, 4 * blocks + 2 * n)
+
+# %% ../../nbs/workshop/float_chunks.ipynb
+def paired(symbols: np.ndarray) -> tuple | None:  # the lowest of the window; strays and pairs, as `code_plane` has them
+    """Symbols two to a byte, by Huffman's code; `None` where that does not fit.
+
+    Parameters
+    ----------
+    symbols : np.ndarray
+
+    Returns
+    -------
+    tuple | None
+        the lowest of the window; strays and pairs, as `code_plane` has them
+    """
+    if len(symbols) % 16 or len(symbols) < 1 << 13:
+        return None
+    first, outside = best_window(symbols)
+    if outside > 1 / 256:
+        return None
+    pairs, strays = pack_pairs(symbols, first)
+    if len(strays) << 8 > len(symbols):
+        return None
+    return first, (RAW, coded_strays(strays, symbols), 0.0), by_huffman(pairs, PAIRS)
+
+
+def by_huffman(symbols: np.ndarray, how: dict) -> tuple[int, Any, float]:  # as `code_plane`, which looks for order
+    coded = zstd_compress(symbols, **how)
+    return (ZSTD, coded, 0.0) if len(coded) < len(symbols) else (RAW, symbols, 0.0)
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def code_floats(
@@ -96,20 +160,26 @@ def code_floats(
         method, coded, saved = code_plane(data)
         return b"".join([bytes([method]), coded]), 32 * saved <= len(data)
     words = data.view(f"<u{width}")
+    below = lambda n: [code_plane(low_byte(words, 8 * j)) for j in range(n)]
     if width == 8:
-        parts, planes = [bytes([PLANES])], [code_plane(low_byte(words, 8 * j)) for j in range(8)]
-    else:
-        room = len(words) % 64 == 0 and has_room(words) and gains_by_room(words)
-        room = room and shortened(low_byte(words, 8 * width - 16)) is None
-        symbols, rest = float_symbols(words, room), float_rest(words, room)
-        coded = zstd_compress(symbols, **HUFFMAN)
-        planes = [(ZSTD, coded, 0) if len(coded) < len(symbols) else (RAW, symbols, 0)]
-        planes.append((RAW, seven_for_eight(rest), 0) if room else code_plane(rest))
-        planes += [code_plane(low_byte(words, 8 * j)) for j in range(width - 2)]
-        parts = [bytes([FLOAT_PLANES, room])]
+        return chunk_of([PLANES], below(8), len(data))
+    upper = words if width == 2 else (words >> 16).astype("<u2")
+    symbols, rest = float_symbols(upper), code_plane(float_rest(upper))
+    if (pairs := paired(symbols)) is None:
+        planes = [by_huffman(symbols, HUFFMAN), rest, *below(width - 2)]
+        return chunk_of([FLOAT_PLANES, 0], planes, len(data))
+    first, *planes = pairs
+    half = words.astype("<u2").view(np.uint8) if width == 4 else None
+    together = half is not None and len(zstd_compress(half, min_match=7)) >= len(half)
+    low = [(RAW, half, 0.0)] if together else below(width - 2)
+    return chunk_of([FLOAT_PAIRS, first, together], [*planes, rest, *low], len(data))
+
+
+def chunk_of(head: list[int], planes: list[tuple], size: int) -> tuple[bytes, bool]:  # as `code_floats`
+    parts = [bytes(head)]
     for method, coded, _ in planes:
         parts += [write_varint(1 + len(coded)), bytes([method]), coded]
-    return b"".join(parts), 32 * sum(saved for *_, saved in planes) <= len(data)
+    return b"".join(parts), 32 * sum(saved for *_, saved in planes) <= size
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def expand_floats(
@@ -117,7 +187,7 @@ def expand_floats(
     out: np.ndarray,  # uint8, where the elements go
     width: int,
 ) -> None:
-    """The inverse of `code_floats`, for the method `FLOAT_PLANES`.
+    """The inverse of `code_floats`, for the methods `FLOAT_PAIRS` and `FLOAT_PLANES`.
 
     Parameters
     ----------
@@ -126,15 +196,66 @@ def expand_floats(
         uint8, where the elements go
     width : int
     """
-    if width not in (2, 4) or len(chunk) < 2 or chunk[1] > 1:
+    pairs = chunk[0] == FLOAT_PAIRS
+    head, most = (chunk[: 2 + pairs], (240, int(width == 4)) if pairs else (1,))
+    if width not in (2, 4) or len(head) < 2 + pairs or any(h > m for h, m in zip(head[1:], most)):
         raise CodingError("a chunk of floats has a wrong form")
-    words, room = out.view(f"<u{width}"), chunk[1]
-    n = len(words)
+    words = out.view(f"<u{width}")
+    if pairs:
+        expand_pairs(chunk, words, head[1], head[2])
+    else:
+        expand_planes(chunk, words, head[1])
+
+
+def expand_pairs(chunk: bytes, words: np.ndarray, first: int, together: int) -> None:
+    n, width = len(words), words.itemsize
+    if n % 16:
+        raise CodingError(f"{n} floats do not come in sixteens")
+    strays, pairs, rest, *low = take_pieces(chunk, width + 1 - together, 3)
+    if bytes(strays[:1]) != bytes([RAW]):
+        raise CodingError("the strays of a chunk of floats are coded")
+    put_strays(strays[1:], symbols := unpack_pairs(expand_bytes(pairs, n // 2), first))
+    rest = expand_bytes(rest, n)
+    if not together:
+        return join_floats(symbols, rest, [expand_bytes(p, n) for p in low], words)
+    half = expand_bytes(low[0], 2 * n).view("<u2")
+    join_floats(symbols, rest, [], upper := np.empty(n, "<u2"))
+    np.multiply(upper, np.uint32(1 << 16), out=words)
+    words |= half
+
+# %% ../../nbs/workshop/float_chunks.ipynb
+HOLE = np.uint64(0x8080808080808080)  # the highest bit of each of eight bytes
+SHIFTS = np.arange(7, 0, -1, dtype=np.uint64)[:, None]  # from bit 0, bit 1 … to there
+
+
+def without_room(symbols: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # as they would be today
+    """Symbols with seven bits of exponent and one of the fraction, and seven eighths of the rest.
+
+    Parameters
+    ----------
+    symbols : np.ndarray
+    packed : np.ndarray
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        as they would be today
+    """
+    parts = packed.view(np.uint64).reshape(7, -1)
+    last = np.bitwise_or.reduce((parts & HOLE) >> SHIFTS, axis=0).view(np.uint8)
+    rest = np.concatenate([packed, last])
+    return symbols >> 1, (rest & 64) << 1 | (symbols & 1) << 6 | rest & 63
+
+
+def expand_planes(chunk: bytes, words: np.ndarray, room: int) -> None:
+    n, width = len(words), words.itemsize
     if room and n % 64:
         raise CodingError(f"{n} floats do not come in eights of words")
     sizes = [n, n - n // 8 * room, *[n] * (width - 2)]
-    planes = [expand_bytes(p, size) for p, size in zip(take_pieces(chunk, width, 2), sizes)]
-    join_floats(planes[0], planes[1], planes[2:], words, room)
+    symbols, rest, *low = [expand_bytes(p, size) for p, size in zip(take_pieces(chunk, width, 2), sizes)]
+    if room:
+        symbols, rest = without_room(symbols, rest)
+    join_floats(symbols, rest, low, words)
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def looks_ordinary(
@@ -150,6 +271,7 @@ def looks_ordinary(
     width : int
         bytes of an element
     """
-    some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)]
-    values, counts = np.unique(some, return_counts=True)
-    return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(values) > len(some))
+    some = np.sort(data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)])
+    ends = np.flatnonzero(np.append(some[1:] != some[:-1], len(some) > 0)) + 1  # of each value
+    counts = np.diff(ends, prepend=0)
+    return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(counts) > len(some))

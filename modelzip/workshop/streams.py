@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..quant import bit_planes, check_bits, pack_bits, packed_bytes, unpack_bits
-from .blocks import FLOAT_PLANES, JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
+from .blocks import FLOAT_PAIRS, FLOAT_PLANES, JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
 from .blocks import code_bytes, expand_bytes, pieces, smallest, take_pieces
 from .blocks import rans_compress, rans_expand
 from .coders import CodingError, read_varint, write_varint
@@ -43,7 +43,7 @@ def code_elements(
     tries = []
     if not whole and len(data) and width in (1, 2, 4, 8):
         chunk, ordinary = code_floats(data, width)
-        if ordinary and data.nbytes >= 1 << 16 and looks_ordinary(data, width):  # fewer are soon tried in every way
+        if ordinary and data.nbytes >= 512 and looks_ordinary(data, width):  # fewer are soon tried in every way
             return chunk
         tries.append((chunk[0], chunk[1:]))
     plain = code_bytes(data)
@@ -77,7 +77,7 @@ def expand_elements(
     width : int
     """
     method = chunk[0] if chunk else RAW
-    if method == FLOAT_PLANES:
+    if method in (FLOAT_PLANES, FLOAT_PAIRS):
         expand_floats(chunk, out, width)
     elif method == VALUES:
         out[:] = expand_values(chunk[1:], len(out), width)
@@ -411,12 +411,12 @@ FOR_CODES[VALUES] = Method(as_values, values_back)
 
 # %% ../../nbs/workshop/streams.ipynb
 def has_values(chunk: bytes) -> bool:
-    "Whether a chunk, or one inside it, has the method `VALUES` or, as floats may, `FLOAT_PLANES`."
+    "Whether a chunk, or one inside it, has the method `VALUES` or one of those of floats."
     if chunk[0] == SPARSE:
         return has_values(take_pieces(chunk, 2, read_varint(chunk, 2)[1])[1])
     if chunk[0] == SPLIT:
         return has_values(take_pieces(chunk, 2, 1)[1])
-    return chunk[0] in (VALUES, FLOAT_PLANES)
+    return chunk[0] in (VALUES, FLOAT_PLANES, FLOAT_PAIRS)
 
 # %% ../../nbs/workshop/streams.ipynb
 CODES = 983_040  # elements in a chunk of codes: a multiple of 8 for any number to a byte
