@@ -9,7 +9,7 @@ __all__ = ['Explorer', 'explore', 'plot_histogram', 'plot_matrix', 'Control', 'M
 import html, inspect, itertools, math, operator, os, sys, time, traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
@@ -70,16 +70,16 @@ _all_ = ["Control", "MAX_BYTES", "MAX_FRAMES", "frame"]
 
 # %% ../nbs/workshop/explore.ipynb
 def form_for(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     limit: int = MAX_BYTES,  # bytes that the different frames may take
-) -> tuple[str, dict[tuple, str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
+) -> tuple[str, dict[tuple[int, ...], str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
     """Strokes, unless they take over `SHARP` times the bytes of pixels, or too many for the page; all frames take the
     same, so that they look alike.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -88,7 +88,7 @@ def form_for(
 
     Returns
     -------
-    tuple[str, dict[tuple, str]]
+    tuple[str, dict[tuple[int, ...], str]]
         'png' or 'svg', and the sample's frames in it, by the controls' positions
     """
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
@@ -109,7 +109,7 @@ SHARP = 2  # times the bytes of pixels that strokes may take: they are sharp at 
 
 
 def publish(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     limit: int = MAX_BYTES,  # bytes that its different frames may take
 ) -> str:  # one piece of HTML, the same whenever `f` returns the same
@@ -117,7 +117,7 @@ def publish(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -147,16 +147,16 @@ def is_sample() -> bool:
 
 # %% ../nbs/workshop/explore.ipynb
 def safe_frame(
-    f: Callable,  # the function of an explorer
-    values: dict,  # its arguments by name
+    f: Callable[..., Any],  # the function of an explorer
+    values: dict[str, Any],  # its arguments by name
 ) -> str:  # a frame, or where and why there is none
     """A frame, or the error in its place.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
-    values : dict
+    values : dict[str, Any]
         its arguments by name
 
     Returns
@@ -188,14 +188,14 @@ def widget_for(c: Control) -> Any:
 
 
 def widgets(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> Any:  # an ipywidgets box: the controls, and below them an HTML widget with the frame
     """The live explorer: each frame is computed when it is asked for.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -219,7 +219,7 @@ def widgets(
 
 # %% ../nbs/workshop/explore.ipynb
 def preview(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     patience: float = 2.0,  # seconds that drawing all frames may take
 ) -> str:  # HTML
@@ -227,7 +227,7 @@ def preview(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -249,7 +249,7 @@ def preview(
 
 
 def rehearsed(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> str:  # HTML: the page shown first
     """Call `f` for every value of each control, the others as they start, and with all at their ends; what it returns
@@ -257,7 +257,7 @@ def rehearsed(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -399,16 +399,22 @@ class Explorer:
             return {**plain, "text/html": self.sample() if is_sample() else self.html()}
         return {**self.widget()._repr_mimebundle_(), **plain, "text/html": self.asked(preview(self.f, self.controls))}
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: Callable[..., Any]
+        controls: list[Control]
+        question: Question | None
+
 # %% ../nbs/workshop/explore.ipynb
 def defaults_of(
-    f: Callable,  # the function to explore
+    f: Callable[..., Any],  # the function to explore
     names: set[str],  # the controls' names
 ) -> dict[str, Any]:  # the defaults of its arguments
     """Compare controls with the arguments of `f`; TypeError names those that are unknown or missing.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function to explore
     names : set[str]
         the controls' names

@@ -8,7 +8,7 @@ __all__ = ['ARGUMENTS', 'described', 'bias_of', 'autocasting', 'rebuilt', 'integ
 
 # %% ../../nbs/workshop/compiled.ipynb
 import importlib, json, weakref
-from typing import List  # operations of PyTorch 2.6 know no `list`
+from typing import Any, List  # operations of PyTorch 2.6 know no `list`
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from ..quant import CompressedTensor, Dequantize
 
 # %% ../../nbs/workshop/compiled.ipynb
-ARGUMENTS = {
+ARGUMENTS: dict[Any, Any] = {
     nn.Linear: ("in_features", "out_features"),
     nn.Conv2d: (
         "in_channels",

@@ -8,7 +8,7 @@ __all__ = ['trace', 'input_names']
 # %% ../../nbs/workshop/graph_tracing.ipynb
 import functools, itertools, keyword, operator, re, warnings
 from collections.abc import Callable
-from typing import Any, List  # operations of PyTorch 2.6 know no `list`
+from typing import Any, List, TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ from .models import copied
 from .walking import items
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-CALLS = {}  # number → how a layer is called while a model is traced
+CALLS: dict[Any, Any] = {}  # number → how a layer is called while a model is traced
 COUNT = itertools.count()
 
 
@@ -44,6 +44,12 @@ def _(inputs, number):
 class Call:
     "One call of a layer: what it was called with and what it gave, apart from the tensors."
 
+    spec: Any
+    leaves: list[Any]
+    places: list[int]
+    found: list[Any]
+    output: Any
+
     def __init__(self, name: str, ghost: nn.Module, given: Any):
         self.name, self.ghost = name, ghost
         leaves, self.spec = tree_flatten(given)
@@ -51,7 +57,7 @@ class Call:
         self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self.output = None
 
-    def filled(self, new: list) -> tuple:  # args, kwargs
+    def filled(self, new: list[Any]) -> tuple[list[Any], dict[str, Any]]:  # args, kwargs
         leaves = list(self.leaves)
         for i, x in zip(self.places, new):
             leaves[i] = x
@@ -70,6 +76,11 @@ class Call:
         "The output of the layer, of its tensors."
         rest = iter(tensors)
         return tree_unflatten([None if x is None else next(rest) for x in self.found], self.output)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        name: str
+        ghost: nn.Module
 
 
 def faked(ghost: nn.Module) -> nn.Module:
@@ -136,7 +147,7 @@ def _hidden(layer, name, ghost, numbers, *args, **kwargs):
     return call.returned(layer_call(tensors, number))
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def _kept() -> dict:
+def _kept() -> dict[Any, Any]:
     "How the exporter takes operations apart: not those that the table has."
     table = torch.export.default_decompositions()
     for op in list(table):
@@ -201,7 +212,7 @@ def reason_of(e: Exception) -> str:
     return cut(" ".join(text.split()), 400) or type(e).__name__
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def size_expression(x: Any, names: dict) -> Any:
+def size_expression(x: Any, names: dict[Any, str]) -> Any:
     "A size of PyTorch's as a file says it; names: symbol → name."
     if isinstance(x, (int, torch.SymInt)):
         x = x.node.expr if isinstance(x, torch.SymInt) else x
@@ -232,17 +243,17 @@ def size_expression(x: Any, names: dict) -> Any:
     return functools.reduce(lambda a, b: [word[kind], a, b], args)
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def _as(name: str, **more: Any) -> Callable:
+def _as(name: str, **more: Any) -> Callable[..., Any]:
     "Another name, with some arguments more."
     return lambda given, value: (name, given | more)
 
 
-def _filled(number: Any) -> Callable:
+def _filled(number: Any) -> Callable[..., Any]:
     "A new tensor of one number."
     return lambda given, value: ("full", {"size": list(value.shape), "fill_value": number, "dtype": value.dtype})
 
 
-def _like(number: Any) -> Callable:
+def _like(number: Any) -> Callable[..., Any]:
     return lambda given, value: ("full_like", {"self": given["self"], "fill_value": number, "dtype": value.dtype})
 
 
@@ -339,7 +350,7 @@ def _first(name):
 
 
 SAME = lambda given, value: None  # nothing is done
-REWRITES = {
+REWRITES: dict[str, Any] = {
     **dict.fromkeys(
         "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
     ),
@@ -399,7 +410,12 @@ INNOCENT = """device layout pin_memory memory_format non_blocking copy implicit 
 class Writer:
     "Turns an exported program into nodes."
 
-    def __init__(self, names: dict, tensors: dict[str, str], constants: dict[str, Tensor], wrapped: dict[str, str]):
+    at: dict[Any, Any]
+    nodes: list[Any]
+
+    def __init__(
+        self, names: dict[Any, str], tensors: dict[str, str], constants: dict[str, Tensor], wrapped: dict[str, str]
+    ):
         self.names, self.tensors, self.constants, self.wrapped = names, tensors, constants, wrapped
         self.nodes, self.at, self.count = [], {}, 0  # fx node → number of its value, or what it stands for
 
@@ -423,8 +439,16 @@ class Writer:
             found = self.at[node] = self.add(*constant_node(found, str(node)))
         return found
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-def constant_node(t: Tensor, name: str) -> list:
+        names: dict[Any, str]
+        tensors: dict[str, str]
+        constants: dict[str, Tensor]
+        wrapped: dict[str, str]
+        count: int
+
+
+def constant_node(t: Tensor, name: str) -> list[Any]:
     "Numbers that are no part of a model's state, in the shortest way."
     flat, dtype = t.reshape(-1), NAMES.get(t.dtype)
     if dtype not in NUMBERS:
@@ -509,7 +533,7 @@ def _counted(w, x):
     )
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-HALVES = {  # operations of which each value is an operation of the table
+HALVES: dict[str, Any] = {  # operations of which each value is an operation of the table
     torch.ops.aten.max.dim: ("amax", "argmax"),
     torch.ops.aten.min.dim: ("amin", "argmin"),
     torch.ops.aten.adaptive_max_pool2d.default: ("adaptive_max_pool2d", None),
@@ -583,7 +607,9 @@ def folded(w: Writer, node: fx.Node) -> Tensor | None:
     return node.target(*args, **kwargs)
 
 
-def write_call(w: Writer, node: fx.Node) -> tuple:  # how its outputs are found: a list of (number of a value) by place
+def write_call(
+    w: Writer, node: fx.Node
+) -> tuple[Any, ...]:  # how its outputs are found: a list of (number of a value) by place
     """A node for a call of a layer.
 
     Parameters
@@ -593,7 +619,7 @@ def write_call(w: Writer, node: fx.Node) -> tuple:  # how its outputs are found:
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         how its outputs are found: a list of (number of a value) by place
     """
     call = CALLS[node.args[1]]
@@ -723,8 +749,10 @@ def container_buffers(model: nn.Module) -> list[str]:
 def trace(
     model: nn.Module,  # left as it is; followed in evaluation mode
     example: Any,  # what it is called with: a tensor, a tuple of all arguments, a dict of named ones
-    dynamic: dict | tuple | list = {0: "batch"},  # free dimensions and their names, for all tensors or for each
-) -> dict:  # a graph, as JSON
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {
+        0: "batch"
+    },  # free dimensions and their names, for all tensors or for each
+) -> dict[str, Any]:  # a graph, as JSON
     """What a model does with an example, as a list of operations of the [table](graphs.ipynb) and calls of its
     layers. `ValueError` says what cannot be traced and why; `TypeError` what the example may be.
 
@@ -734,12 +762,12 @@ def trace(
         left as it is; followed in evaluation mode
     example : Any
         what it is called with: a tensor, a tuple of all arguments, a dict of named ones
-    dynamic : dict | tuple | list, default {0: 'batch'}
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
         free dimensions and their names, for all tensors or for each
 
     Returns
     -------
-    dict
+    dict[str, Any]
         a graph, as JSON
     """
     layout = Layout(model, example, dynamic)
@@ -769,7 +797,7 @@ def input_names(layout: Layout) -> list[str]:
     return names
 
 
-def _at_least_two(x: Tensor, free: dict) -> Tensor:
+def _at_least_two(x: Tensor, free: dict[int, str]) -> Tensor:
     "Of a free dimension the exporter wants two, else it takes it for one that is always 1."
     for d in free:
         if x.shape[d] == 1:
@@ -779,7 +807,7 @@ def _at_least_two(x: Tensor, free: dict) -> Tensor:
 # %% ../../nbs/workshop/graph_tracing.ipynb
 def written_graph(
     layout: Layout, own: nn.Module, flat: Flat, program: Any, output: Any
-) -> tuple[dict, list[tuple[Any, dict]]]:
+) -> tuple[dict[Any, Any], list[tuple[Any, dict[Any, Any]]]]:
     "The graph of an exported program, and what the exporter took for granted of its sizes."
     held = dict([*flat.named_parameters(remove_duplicate=False), *flat.named_buffers(remove_duplicate=False)])
     plain, packed = _tensor_names(own)
@@ -835,17 +863,19 @@ def _name_sizes(w, users, layout, program, limits):
             limits[name] = size
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def guards_of(users: list[fx.Node], names: dict) -> list[tuple[Any, dict]]:  # conditions; symbol → name, for each
+def guards_of(
+    users: list[fx.Node], names: dict[Any, str]
+) -> list[tuple[Any, dict[Any, str]]]:  # conditions; symbol → name, for each
     """What is so for the sizes of the example, and what the exporter followed the model for: `if x.shape[1] % 4 == 0`.
 
     Parameters
     ----------
     users : list[fx.Node]
-    names : dict
+    names : dict[Any, str]
 
     Returns
     -------
-    list[tuple[Any, dict]]
+    list[tuple[Any, dict[Any, str]]]
         conditions; symbol → name, for each
     """
     found = [n for node in users for n in node.meta["val"].shape if isinstance(n, torch.SymInt)]
@@ -858,7 +888,7 @@ def guards_of(users: list[fx.Node], names: dict) -> list[tuple[Any, dict]]:  # c
 MOST_TRIES = 64  # sizes that are looked at for each guard
 
 
-def is_broken(guard: Any, sizes: dict) -> bool:
+def is_broken(guard: Any, sizes: dict[str, int]) -> bool:
     from sympy import Integer, false  # PyTorch's exporter has it by now
 
     try:
@@ -867,7 +897,7 @@ def is_broken(guard: Any, sizes: dict) -> bool:
         return True
 
 
-def counterexamples(guards: list, now: dict[str, int], within: Callable) -> list[dict[str, int]]:
+def counterexamples(guards: list[Any], now: dict[str, int], within: Callable[..., Any]) -> list[dict[str, int]]:
     "Sizes, few and small, for which guards do not hold: three for each that can be broken, up to twelve in all."
     alone = lambda n: {
         *range(2, 18),
@@ -892,25 +922,25 @@ def counterexamples(guards: list, now: dict[str, int], within: Callable) -> list
 # %% ../../nbs/workshop/graph_tracing.ipynb
 @torch.no_grad()
 def compared(
-    graph: dict,
+    graph: dict[str, Any],
     model: nn.Module,
     layout: Layout,
-    guards: list,  # from `guards_of`
-) -> dict:  # the same; a size that has to be two says so
+    guards: list[Any],  # from `guards_of`
+) -> dict[str, Any]:  # the same; a size that has to be two says so
     """`ValueError` unless a graph gives what the model gives: for the example, for other free sizes, and for sizes for
     which something is not so that the exporter took for granted.
 
     Parameters
     ----------
-    graph : dict
+    graph : dict[str, Any]
     model : nn.Module
     layout : Layout
-    guards : list
+    guards : list[Any]
         from `guards_of`
 
     Returns
     -------
-    dict
+    dict[str, Any]
         the same; a size that has to be two says so
     """
     own, original = copied(model).eval(), copied(model).eval()
@@ -978,7 +1008,7 @@ def _of_size(x: Tensor, free: dict[int, str], sizes: dict[str, int]) -> Tensor:
     return x
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def kept_graph(model: nn.Module) -> dict | None:  # None: it came from no file with a graph
+def kept_graph(model: nn.Module) -> dict[str, Any] | None:  # None: it came from no file with a graph
     """The graph that a model was loaded with. `ValueError` if the model does something else by now.
 
     Parameters
@@ -987,7 +1017,7 @@ def kept_graph(model: nn.Module) -> dict | None:  # None: it came from no file w
 
     Returns
     -------
-    dict | None
+    dict[str, Any] | None
         None: it came from no file with a graph
     """
     graph = graph_of(model)

@@ -117,7 +117,8 @@ class Report:
             ...
 
         def to_html(self, path: str | os.PathLike[str], title: str = 'Smaller and faster, measured') -> Path:
-            "Write the table and the Pareto picture as one self-contained page without scripts."
+            """Write the table and the Pareto picture as one self-contained page without scripts. Without matplotlib the
+            picture is left out, and a line says so."""
             ...
 
 # %% ../../nbs/workshop/reports.ipynb

@@ -9,7 +9,7 @@ __all__ = ['shallow_copy', 'set_parameter', 'settle', 'Wrapper', 'innermost', 'w
 # %% ../../nbs/workshop/wrapping.ipynb
 import inspect, json, sys, textwrap
 from collections.abc import Callable
-from typing import Any, List  # operations of PyTorch 2.6 know no `list`
+from typing import Any, List, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -46,22 +46,28 @@ class Wrapper(nn.Module):
 
     stays = ""  # why `use_kernels` has left it as it was
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         return _read(self, key)
 
-    def __setattr__(self, key, value):
+    def __setattr__(self, key: str, value: Any) -> None:
         _write(self, key, value)
 
     @property
-    def q(self):  # a CompressedTensor
-        "The compressed parameter."
+    def q(self) -> Any:  # a CompressedTensor
+        """The compressed parameter.
+
+        Returns
+        -------
+        Any
+            a CompressedTensor
+        """
         return self.packed.q
 
     def options(self) -> dict[Any, Any]:
         "Arguments beyond layer, q and name that rebuild this module."
         return {}
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Any:
         try:
             return super().train(mode)
         except (AttributeError, TypeError) as e:  # a class of the user's, such as an adapter merged in eval mode
@@ -70,7 +76,7 @@ class Wrapper(nn.Module):
                 f" compressed ({e}); merge what is to be merged before, or call dequantize_model first"
             ) from e
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
             f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model"
             " first"
@@ -86,6 +92,20 @@ class Wrapper(nn.Module):
             return f"{type(self).__name__}({', '.join(parts)})"
         inside = textwrap.indent("\n".join(parts), "  ")  # a line each, as PyTorch's containers have it
         return f"{type(self).__name__}(\n{inside}\n)"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def shown_to(self, reader: Any) -> Tensor:
+            "The expanded parameter, read-only unless PyTorch's own modules read it."
+            ...
+
+        def compiled_forward(self, *args: Any, **kwargs: Any) -> Any:
+            "The forward pass as `torch.compile` can follow it."
+            ...
+
+        def as_operation(self) -> Tensor:
+            "The expanded parameter as a compiled graph has it."
+            ...
 
 
 def innermost(layer: nn.Module) -> nn.Module:
@@ -152,12 +172,12 @@ def _read(wrapper: Wrapper, key: str):
 
 
 @patch
-def shown_to(self: Wrapper, reader) -> Tensor:  # reader: the frame that reads
+def shown_to(self: Wrapper, reader: Any) -> Tensor:  # reader: the frame that reads
     """The expanded parameter, read-only unless PyTorch's own modules read it.
 
     Parameters
     ----------
-    reader
+    reader : Any
 
     Returns
     -------
@@ -216,7 +236,7 @@ def _write(wrapper: Wrapper, key: str, value: Any) -> None:
 def expand_operation(
     kinds: dict[str, type],  # the registry of compressed tensors
     home: str,  # the module to which it belongs
-) -> Callable:  # (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
+) -> Callable[..., Any]:  # (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
     """Expanding as one opaque operation of a compiled graph.
 
     Parameters
@@ -228,7 +248,7 @@ def expand_operation(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
     """
 
@@ -247,7 +267,7 @@ def expand_operation(
 
 
 @patch
-def compiled_forward(self: Wrapper, *args, **kwargs):
+def compiled_forward(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
     "The forward pass as `torch.compile` can follow it."
     layer, weights = self, {}
     while isinstance(layer, Wrapper):
