@@ -73,7 +73,9 @@ def form_for(
     f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     limit: int = MAX_BYTES,  # bytes that the different frames may take
-) -> tuple[str, dict[tuple[int, ...], str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
+) -> tuple[
+    str, dict[tuple[int, ...], str]
+]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
     """Strokes, unless they take over `SHARP` times the bytes of pixels, or too many for the page; all frames take the
     same, so that they look alike.
 
