@@ -232,8 +232,6 @@ class Llama(nn.Module):
         scores by the table of the words themselves
     """
 
-    head_width: int
-
     def __init__(
         self,
         words: int,  # tokens of the vocabulary
@@ -273,6 +271,7 @@ class Llama(nn.Module):
 
         context: int
         base: float
+        head_width: int
         words: nn.Embedding
         blocks: nn.ModuleList
         norm: nn.RMSNorm

@@ -39,9 +39,8 @@ class Packed(Parts):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
 
     kind: str
-    kinds: dict[str, type]
 
-    kinds = CompressedTensor.kinds
+    kinds: dict[str, type] = CompressedTensor.kinds
 
     def __init__(self, q: CompressedTensor):
         super().__init__()
