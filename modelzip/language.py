@@ -134,7 +134,7 @@ class GroupedAttention(SettingsInState, nn.Module):
     """Attention in which several heads of queries share one of keys and values (Ainslie et al. 2023,
     arXiv:2305.13245), with rotary positions. Its state says how many heads it has."""
 
-    in_state: tuple[str, ...] = ("heads", "kv_heads")
+    in_state = ("heads", "kv_heads")
 
     def __init__(self, width: int, heads: int, kv_heads: int):
         super().__init__()
