@@ -33,9 +33,6 @@ from .workshop.tracing import Record, Walks, concerns, keep_layer, output_axis, 
 class Ties:
     "Which channels stand or fall together: a union-find over numbers. 0 stands for whatever has a fixed size."
 
-    parent: np.ndarray
-    kept: dict[int, str]
-
     def __init__(self):
         self.parent, self.kept = np.zeros(1, np.int64), {0: "its size is fixed"}
 
@@ -54,6 +51,9 @@ class Ties:
         return x
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        parent: np.ndarray
+        kept: dict[int, str]
 
         def keep(self, a: np.ndarray, why: str) -> None:
             "These, and all that is tied to them, must stay."
@@ -132,9 +132,7 @@ class Marks:
     sources: frozenset[str] = frozenset()  # the layers that it comes from
 
 # %% ../nbs/08_channels.ipynb
-RULES: dict[
-    str, Callable[..., Any]
-] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
+RULES: dict[str, Callable[..., Any]] = {}  # name → rule(trace, f, output, *args, **kwargs) → marks; None: unknown
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -149,7 +147,7 @@ class Trace(Record):
         super().__init__(model)
         self.ties = Ties()
 
-    def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output, name = f(*args, **kwargs), name_of(f)
         if concerns(self, name, args, kwargs, output):
@@ -164,14 +162,7 @@ class Trace(Record):
             "What a tensor carries."
             ...
 
-        def ruled(
-            self,
-            name: str,
-            f: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            output: Any,
-        ) -> list[Marks]:
+        def ruled(self, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> list[Marks]:
             "What the rule of an operation says; without one, everything that goes in must stay as it is."
             ...
 
@@ -191,9 +182,7 @@ def marks(self: Trace, t: Tensor) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @patch
-def ruled(
-    self: Trace, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> list[Marks]:
+def ruled(self: Trace, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> list[Marks]:
     "What the rule of an operation says; without one, everything that goes in must stay as it is."
     outputs, rule, marks = tensors_of(output), RULES.get(name), None
     if takes(rule, self, f, output, *args, **kwargs):
@@ -206,7 +195,7 @@ def ruled(
 
 # %% ../nbs/08_channels.ipynb
 @rule(*POINTWISE, *LIFTING)
-def pointwise(t: Trace, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Marks | None:
+def pointwise(t: Trace, f: Any, output: Any, input: Any, *args: Any, **kwargs: Any) -> Marks | None:
     "f(x) element by element: channels stay where they are."
     if any(isinstance(a, Tensor) for a in args):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -216,7 +205,7 @@ def pointwise(t: Trace, f: Callable[..., Any], output: Any, input: Any, *args: A
 
 # %% ../nbs/08_channels.ipynb
 @rule(*MIXING)
-def mixed(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Marks:
+def mixed(t: Trace, f: Any, output: Any, *args: Any, **kwargs: Any) -> Marks:
     "f(x, y) element by element: channels that meet go together."
     args = args[::-1] if getattr(f, "__name__", "").startswith("__r") else args  # 1 / y is y.__rtruediv__(1)
     marks = [t.marks(x) for x in tensors_of((args, kwargs))]
@@ -226,9 +215,7 @@ def mixed(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: An
 
 # %% ../nbs/08_channels.ipynb
 @rule("linear")
-def linear(
-    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Marks:
+def linear(t: Trace, f: Any, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> Marks:
     "y = W x + b: the columns of W belong to x, its rows and b to y."
     x, w = t.marks(input), t.marks(weight)
     inputs, rows = isolate_or_fix(t.ties, x, -1), isolate(t.ties, w, 0)
@@ -238,18 +225,7 @@ def linear(
 
 # %% ../nbs/08_channels.ipynb
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(
-    t: Trace,
-    f: Callable[..., Any],
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Marks:
+def convolution(t, f, output, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Marks:
     "A product of matrices at every position."
     x, w = t.marks(input), t.marks(weight)
     c = channel_axis(t.ties, x, w)
@@ -263,18 +239,7 @@ def convolution(
 
 # %% ../nbs/08_channels.ipynb
 @rule("batch_norm", "instance_norm")
-def norm_of_channels(
-    t: Trace,
-    f: Callable[..., Any],
-    output: Tensor,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Marks:
+def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs):
     "Every channel by itself: its mean, its variance, its factor, its offset."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1 if input.dim() > 1 else 0)
@@ -285,9 +250,7 @@ def norm_of_channels(
 
 # %% ../nbs/08_channels.ipynb
 @rule(*"sum nansum mean amax amin max min norm vector_norm var std var_mean prod any all median".split())
-def reduction(
-    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
-) -> list[Marks] | Marks:
+def reduction(t: Trace, f: Any, output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
     name, m, outs = name_of(f), t.marks(input), tensors_of(output)
     x, axes = replace(m, blocks=dict(m.blocks)), reduced_axes(name, input.dim(), args, kwargs)
@@ -301,7 +264,7 @@ def reduction(
 
 # %% ../nbs/08_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
+def moved(t: Trace, f: Any, output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)

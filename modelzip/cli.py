@@ -464,8 +464,8 @@ def open_model(
     # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
     # package.module:function
     source: str,
-    own: Callable[..., Any]
-    | None = None,  # makes a model of one's own class, for weights that do not say what runs them
+    # makes a model of one's own class, for weights that do not say what runs them
+    own: Callable[..., Any] | None = None,
 ) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
     """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
     wrong.

@@ -89,12 +89,9 @@ class Bets:
         bits after which a bet no longer gets slower
     """
 
-    table: dict[Any, tuple[int, int]]
+    table: dict[Hashable, tuple[int, int]]  # context → the share of a one, and of how many bits
 
-    def __init__(
-        self,
-        memory: int = 255,  # bits after which a bet no longer gets slower
-    ):
+    def __init__(self, memory: int = 255):  # bits after which a bet no longer gets slower
         if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
             raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
         self.memory, self.table = memory, {}
@@ -113,8 +110,6 @@ class Bets:
 # %% ../nbs/04b_coding.ipynb
 class AdaptiveEncoder:
     "Binary arithmetic coding with bets that learn; the end of the message is not coded."
-
-    width: int
 
     def __init__(self):
         self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
@@ -144,6 +139,7 @@ class AdaptiveEncoder:
         bets: Bets
         out: bytearray
         low: int
+        width: int
 
         def finish(self) -> bytes:
             "The shortest number within the interval that is left, its final zeros left out."
@@ -176,15 +172,12 @@ class AdaptiveDecoder:
         from `finish`
     """
 
-    width: int
-    offset: int
-
     def __init__(
         self,
         data: bytes,  # from `finish`
     ):
         self.bets, self.data, self.at, self.width = Bets(), data, 5, 1 << 40
-        self.offset = int.from_bytes(data[:5].ljust(5, b"\0"), "big")
+        self.offset: int = int.from_bytes(data[:5].ljust(5, b"\0"), "big")
 
     def bit(self, context: Any, bit: None = None) -> int:
         cut = (self.width >> 16) * (65536 - self.bets.ones(context))
@@ -204,6 +197,7 @@ class AdaptiveDecoder:
         bets: Bets
         data: bytes
         at: int
+        width: int
 
         def finish(self) -> None:
             "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."

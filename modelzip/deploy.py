@@ -52,13 +52,6 @@ class Deployed(nn.Module):
     work : Work
     """
 
-    layout: Layout
-    kernels: bool
-    threads: int
-    tried: "Attempts"
-    path: Path | None
-    bytes: int | None
-
     def __init__(
         self,
         name: str,  # of the engine
@@ -67,7 +60,13 @@ class Deployed(nn.Module):
     ):
         super().__init__()
         self.training = False
+        self.threads: int
+        self.kernels: bool
+        self.layout: Layout
         self.engine, self.threads, self.kernels, self.layout = name, work.count, work.kernels, work.layout
+        self.tried: Attempts
+        self.path: Path | None
+        self.bytes: int | None
         self.cosine, self.tried, self.path, self.bytes = 1.0, Attempts(), None, None
         self.__dict__ |= {"_run": run, "work": work}  # the work until the file is kept
 

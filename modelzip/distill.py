@@ -91,10 +91,6 @@ class Sum(Loss):
         a sum among them is taken apart
     """
 
-    factors: list[float]
-    student_layers: tuple[str, ...]
-    teacher_layers: tuple[str, ...]
-
     def __init__(
         self,
         factors: list[float],  # one for each part
@@ -120,6 +116,8 @@ class Sum(Loss):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         parts: nn.ModuleList
+        student_layers: tuple[str, ...]
+        teacher_layers: tuple[str, ...]
 
 # %% ../nbs/09_distill.ipynb
 class Labels(Loss):
@@ -208,19 +206,10 @@ class Logits(Loss):
 class Lesson(nn.Module):
     "Student and loss, to be trained together; the teacher is no part of it."
 
-    others: tuple[Any, ...]
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        loss: Loss,
-        augment: Callable[[Any], Any] | None,
-        notes: tuple[dict[str, Any], dict[str, Any]],
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, loss: Loss, augment: Any, notes: Any):
         super().__init__()
         self.student, self.loss = student, loss
-        self.others = teacher, augment, notes  # in a tuple, so that their parameters are not found
+        self.others: tuple[Any, ...] = teacher, augment, notes  # in a tuple, so that their parameters are not found
 
     def forward(self, x: Any) -> tuple[Seen, Seen]:
         teacher, augment, (ours, theirs) = self.others
@@ -323,16 +312,12 @@ class FeatureLoss(Loss):
         name of a student's layer → name of a teacher's
     """
 
-    pairs: dict[str, str]
-    student_layers: tuple[str, ...]
-    teacher_layers: tuple[str, ...]
-
     def __init__(
         self,
         layers: Mapping[str, str],  # name of a student's layer → name of a teacher's
     ):
         super().__init__()
-        self.pairs = layer_pairs(layers, type(self).__name__)
+        self.pairs: dict[str, str] = layer_pairs(layers, type(self).__name__)
         self.student_layers, self.teacher_layers = tuple(self.pairs), tuple(self.pairs.values())
 
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
@@ -341,6 +326,11 @@ class FeatureLoss(Loss):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pairs})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        student_layers: tuple[str, ...]
+        teacher_layers: tuple[str, ...]
 
 
 class Hints(FeatureLoss):
@@ -439,9 +429,6 @@ class Relations(Loss):
         weight of the angles beside the distances; 0: none
     """
 
-    student_layers: tuple[str, ...]
-    teacher_layers: tuple[str, ...]
-
     def __init__(
         self,
         student_layer: str | None = None,  # whose outputs are compared; None: the model's own
@@ -466,6 +453,8 @@ class Relations(Loss):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
+        student_layers: tuple[str, ...]
+        teacher_layers: tuple[str, ...]
         angles: float
 
 # %% ../nbs/09_distill.ipynb

@@ -134,7 +134,7 @@ class GroupedAttention(SettingsInState, nn.Module):
     """Attention in which several heads of queries share one of keys and values (Ainslie et al. 2023,
     arXiv:2305.13245), with rotary positions. Its state says how many heads it has."""
 
-    in_state: tuple[str, ...] = ("heads", "kv_heads")
+    in_state = ("heads", "kv_heads")
 
     def __init__(self, width: int, heads: int, kv_heads: int):
         super().__init__()
@@ -232,8 +232,6 @@ class Llama(nn.Module):
         scores by the table of the words themselves
     """
 
-    head_width: int
-
     def __init__(
         self,
         words: int,  # tokens of the vocabulary
@@ -273,6 +271,7 @@ class Llama(nn.Module):
 
         context: int
         base: float
+        head_width: int
         words: nn.Embedding
         blocks: nn.ModuleList
         norm: nn.RMSNorm

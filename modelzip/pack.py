@@ -128,9 +128,7 @@ def load(
     mmap: bool = False,
     # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     verify: bool = True,
-    base: str
-    | os.PathLike[str]
-    | None = None,  # of an update: where its base is; None: beside it, under its former name
+    base: str | os.PathLike[str] | None = None,  # of an update: where its base is; None: beside it, by its old name
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
     `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened.
@@ -147,7 +145,7 @@ def load(
     verify : bool, default True
         with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     base : str | os.PathLike[str] | None, default None
-        of an update: where its base is; None: beside it, under its former name
+        of an update: where its base is; None: beside it, by its old name
 
     Returns
     -------
@@ -173,9 +171,7 @@ def load(
 def read_tensor(
     path: str | os.PathLike[str],  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
-    base: str
-    | os.PathLike[str]
-    | None = None,  # of an update: where its base is; None: beside it, under its former name
+    base: str | os.PathLike[str] | None = None,  # of an update: where its base is; None: beside it, by its old name
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
     name, `PackError` as for `load`.
@@ -187,7 +183,7 @@ def read_tensor(
     name : str
         of the tensor, as in the state dict of the uncompressed model
     base : str | os.PathLike[str] | None, default None
-        of an update: where its base is; None: beside it, under its former name
+        of an update: where its base is; None: beside it, by its old name
 
     Returns
     -------

@@ -103,15 +103,13 @@ class EntropyBits(Loss):
         prepared; the one that is trained
     """
 
-    model: tuple[nn.Module]
-
     def __init__(
         self,
         model: nn.Module,  # prepared; the one that is trained
     ):
         super().__init__()
         quantizers_of(model)
-        self.model = (model,)  # in a tuple, so that its parameters are not found twice
+        self.model: tuple[nn.Module] = (model,)  # in a tuple, so that its parameters are not found twice
 
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         return entropy_bits(self.model[0]) / 1000

@@ -84,13 +84,13 @@ def prune_model(
     granularity: str = "weight",
     # among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's own
     scope: str | None = None,
-    schedule: str
-    | Callable[[float, float, float], float] = "one-shot",  # a name in `SCHEDULES`, or a function (t, final, initial)
+    # a name in `SCHEDULES`, or a function (t, final, initial)
+    schedule: str | Callable[[float, float, float], float] = "one-shot",
     batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
     steps: int | None = None,  # times that are pruned; None: 1 for 'one-shot', else 8
     retrain: Callable[[nn.Module, int], None] | None = None,  # called as retrain(model, step) after each
-    loss: Callable[[nn.Module, Any], Tensor]
-    | None = None,  # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
+    # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     **more: Any,  # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:  # a copy with masks
     """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real

@@ -177,9 +177,7 @@ def shrinkage(
 shrink = shrinkage  # its former name, which chapter 08 has for something else
 
 
-def scale_step(
-    blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float
-) -> tuple[Tensor, Tensor]:
+def scale_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float) -> tuple[Tensor, ...]:
     "Σ|e|ᵖ; and the scale of least squares for the weights without what is excused."
     d = (blocks / scale + zero).round_().clamp_(0, levels - 1) - zero
     r = blocks - scale * d
@@ -354,12 +352,10 @@ def quantize_with(
     model: nn.Module,  # it is left as it is
     batches: Iterable[Any] | None = None,  # calibration data, see `feed`: layers are done in order
     statistics: Statistics | None = None,  # instead: of the original model, for all layers; neither: no data
-    columns: Callable[..., Any]
-    | None = None,  # (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
+    columns: Callable[..., Any] | None = None,  # (weight, statistics, **options) → column scales; or 'awq', 'smooth'
     catch_up: float = 0.0,  # share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
-    overrides: dict[str, Any]
-    | Callable[[str, nn.Module], Any]
-    | None = None,  # by name or pattern: options, None: left alone; or (name, layer) → those
+    # by name or pattern: options, None: left alone; or (name, layer) → those
+    overrides: dict[str, Any] | Callable[[str, nn.Module], Any] | None = None,
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     **options: Any,  # of the method: bits, group, symmetric …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
@@ -379,7 +375,7 @@ def quantize_with(
     statistics : Statistics | None, default None
         instead: of the original model, for all layers; neither: no data
     columns : Callable[..., Any] | None, default None
-        (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
+        (weight, statistics, **options) → column scales; or 'awq', 'smooth'
     catch_up : float, default 0.0
         share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
     overrides : dict[str, Any] | Callable[[str, nn.Module], Any] | None, default None

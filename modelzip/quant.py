@@ -38,13 +38,11 @@ from .workshop.wrapping import set_parameter, settle, shallow_copy, without
 class Packed(Parts):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
 
-    kind: str
-    kinds: dict[str, type]
-
-    kinds = CompressedTensor.kinds
+    kinds: dict[str, type] = CompressedTensor.kinds
 
     def __init__(self, q: CompressedTensor):
         super().__init__()
+        self.kind: str
         self.kind, self.meta = q.kind, q.meta()
         for name, part in q.parts().items():
             self.register_buffer(name, part)
@@ -78,8 +76,6 @@ class Dequantize(Wrapper):
         what a subclass needs to be rebuilt
     """
 
-    training: bool
-
     kinds: dict[str, type] = {}
     operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
 
@@ -102,7 +98,7 @@ class Dequantize(Wrapper):
         self.name, self._modules["layer"] = name, without(layer, name)
         self._modules["packed"] = q if isinstance(q, Packed) else Packed(q)
         self.packed.remember(old, name)
-        self.training = layer.training
+        self.training: bool = layer.training
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 

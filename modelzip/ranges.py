@@ -35,8 +35,7 @@ def calibrate(
     model: nn.Module,  # any model; runs in eval mode, and is left as it was
     batches: Iterable[Any],  # tensors, tuples or dicts: see `feed`
     second_moments: bool = True,  # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
-    layers: tuple[type, ...]
-    | None = None,  # classes of the layers that are watched; None: all whose products are known
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are watched; None: all with known products
 ) -> Statistics:  # of each matrix that was used, by its layer's name, or its own where a layer has several
     """Run a copy of a model on some data and sum up what each layer saw.
     `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer).
@@ -50,7 +49,7 @@ def calibrate(
     second_moments : bool, default True
         also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
     layers : tuple[type, ...] | None, default None
-        classes of the layers that are watched; None: all whose products are known
+        classes of the layers that are watched; None: all with known products
 
     Returns
     -------

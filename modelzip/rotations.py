@@ -176,8 +176,6 @@ class Turn(nn.Module):
         of the signs; None: all are +
     """
 
-    block: int
-
     def __init__(
         self,
         width: int,  # numbers with signs of their own; the last axis may hold several times as many
@@ -194,6 +192,7 @@ class Turn(nn.Module):
             raise ValueError(
                 f"block is {block}; of vectors of {width} it may be {', '.join(map(str, sorted(set(fits))))}"
             )
+        self.block: int
         self.width, self.block, self.back = width, max(fits) if block is None else block, back
         signs = torch.ones(width, dtype=torch.int8)
         if seed is not None:

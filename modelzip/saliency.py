@@ -10,9 +10,9 @@ __all__ = ['Magnitude', 'Gradient', 'Taylor', 'Fisher', 'removal_cost', 'Wanda',
 # %% ../nbs/07_saliency.ipynb
 #| code-fold: true
 #| code-summary: "Imports"
+from typing import TYPE_CHECKING
 import math
 from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Magnitude(Criterion):
             raise ValueError(f"p is {p!r}; it may be 1 or 2")
         self.p = p
 
-    def score(self, weight: Tensor, seen: Any = None) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence | None = None) -> Tensor:
         return weight.abs() if self.p == 1 else weight.square()
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
@@ -47,7 +47,7 @@ class Gradient(Criterion):
 
     needs: str = "gradient"
 
-    def score(self, weight: Tensor, seen: Any) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence) -> Tensor:
         return seen.gradient.abs()
 
 
@@ -57,7 +57,7 @@ class Taylor(Criterion):
 
     needs: str = "gradient"
 
-    def score(self, weight: Tensor, seen: Any) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence) -> Tensor:
         return (weight * seen.gradient).abs()
 
 
@@ -67,7 +67,7 @@ class Fisher(Criterion):
 
     needs: str = "gradient"
 
-    def score(self, weight: Tensor, seen: Any) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence) -> Tensor:
         return seen.fisher * weight.square() / 2
 
 # %% ../nbs/07_saliency.ipynb
@@ -99,7 +99,7 @@ class Wanda(Criterion):
 
     needs, scope = "power", "output"
 
-    def score(self, weight: Tensor, seen: Any) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence) -> Tensor:
         return (as_matrices(weight, len(seen.power)).abs() * seen.power.to(weight.dtype).sqrt()[:, None]).reshape(
             weight.shape
         )
@@ -198,7 +198,7 @@ class Surgeon(Criterion):
     def __init__(self, damping: float = 0.01):
         self.damping = damping
 
-    def score(self, weight: Tensor, seen: Any) -> Tensor:
+    def score(self, weight: Tensor, seen: Evidence) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
@@ -289,9 +289,7 @@ def refit_weight(
 def prune_columns(
     w: Tensor,  # [columns, rows], changed in place
     U: Tensor,  # [columns, columns]: `inverse_factor` of H
-    spans: list[
-        list[tuple[int, int]]
-    ],  # blocks of columns, each a list of groups (start, end) that are chosen together
+    spans: list[list[tuple[int, int]]],  # blocks of columns: lists of groups (start, end) that are chosen together
     choose: Callable[
         [Tensor, int, int], Tensor
     ],  # (scores [columns, rows] of a group, its start, its end) → bool: goes
@@ -306,7 +304,7 @@ def prune_columns(
     U : Tensor
         [columns, columns]: `inverse_factor` of H
     spans : list[list[tuple[int, int]]]
-        blocks of columns, each a list of groups (start, end) that are chosen together
+        blocks of columns: lists of groups (start, end) that are chosen together
     choose : Callable[[Tensor, int, int], Tensor]
         (scores [columns, rows] of a group, its start, its end) → bool: goes
 

@@ -171,8 +171,7 @@ def choose_static(
     weights: str = "gptq",  # how weights are rounded: 'gptq' where that is better, or 'nearest'
     biases: bool = True,  # take the mean of the error off, where that is better
     limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
-    overrides: Mapping[str, Any]
-    | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    overrides: Mapping[str, Any] | None = None,  # by name or pattern of a layer: 'static', 'row', or None: left alone
     attention: bool = False,  # also the products of attentions, up to `limit`; `overrides` may name them
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
@@ -198,7 +197,7 @@ def choose_static(
     limit : float | None, default None
         a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides : Mapping[str, Any] | None, default None
-        by name or pattern of a layer: 'static', 'row', or None to leave it alone
+        by name or pattern of a layer: 'static', 'row', or None: left alone
     attention : bool, default False
         also the products of attentions, up to `limit`; `overrides` may name them
 
@@ -242,8 +241,7 @@ def choose_static(
 @options_of(choose_static)
 def quantize_static(
     model: nn.Module,  # any model; it is left as it is
-    batches: Iterable[Any]
-    | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
+    batches: Iterable[Any] | None = None,  # to calibrate with: tensors, tuples, dicts, see `feed`; None: take `chosen`
     chosen: Mapping[str, Any] | None = None,  # of `choose_static`, for this model; None: choose now
     **how: Any,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
 ) -> nn.Module:  # a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
@@ -257,7 +255,7 @@ def quantize_static(
     model : nn.Module
         any model; it is left as it is
     batches : Iterable[Any] | None, default None
-        calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
+        to calibrate with: tensors, tuples, dicts, see `feed`; None: take `chosen`
     chosen : Mapping[str, Any] | None, default None
         of `choose_static`, for this model; None: choose now
     observer : str, default 'minmax'
@@ -273,7 +271,7 @@ def quantize_static(
     limit : float | None, default None
         a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides : Mapping[str, Any] | None, default None
-        by name or pattern of a layer: 'static', 'row', or None to leave it alone
+        by name or pattern of a layer: 'static', 'row', or None: left alone
     attention : bool, default False
         also the products of attentions, up to `limit`; `overrides` may name them
 

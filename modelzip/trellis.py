@@ -9,11 +9,10 @@ __all__ = ['PRICE', 'branches', 'best_of_kind', 'trellis_codes', 'search', 'lear
 # %% ../nbs/11c_trellis.ipynb
 #| code-fold: true
 #| code-summary: "Imports of the module"
-import math
+import math, torch
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .ptq import LayerStatistics, inverse_factor, quantize_with
@@ -411,9 +410,7 @@ def trellis(
     price: float = PRICE,  # of a bit, in squared fine steps
     damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for; without data 0
-    overrides: dict[str, Any]
-    | Callable[[str, nn.Module], Any]
-    | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # options by name, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits: two fine steps, in units of a tensor's root mean square
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     column_steps: bool = True,  # every column its own step, as far as the data ask for it
@@ -436,8 +433,8 @@ def trellis(
         share of H's mean diagonal added to its diagonal
     catch_up : float, default 0.5
         share of the error of earlier layers that a layer makes up for; without data 0
-    overrides : dict[str, Any] | Callable[[str, nn.Module], Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        options by name, or a rule: see `quantize_with`
     spacing : float | None, default None
         instead of bits: two fine steps, in units of a tensor's root mean square
     layers : tuple[type, ...] | None, default None

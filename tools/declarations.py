@@ -11,6 +11,7 @@ import ast, copy, re, textwrap
 HEAD = "    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch"
 WIDTH = 120
 PLAIN = {"bool", "bytearray", "bytes", "float", "int", "str"}  # what a call of these returns
+ARRAYS = {"np.arange", "np.empty", "np.full", "np.ones", "np.zeros"}
 OPEN = {
     "Counter",
     "Future",
@@ -95,7 +96,7 @@ def attributes(c, classes):
     a = init.args
     known = {p.arg: in_text(p.annotation) for p in (*a.posonlyargs, *a.args, *a.kwonlyargs) if p.annotation}
     known = {name: kind for name, kind in known.items() if name not in changed}
-    declared, found = declares(c, classes), {}
+    declared, said, found = declares(c, classes), of_bases(c, classes), {}
     for n in (n for n in nodes if isinstance(n, ast.Assign)):
         for target in n.targets:
             several = isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple)
@@ -106,19 +107,34 @@ def attributes(c, classes):
             for t, value in pairs:
                 if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self" and not t.attr.startswith("_"):
                     found.setdefault(t.attr, set()).add(value and kind_of(value, known))
-    return {n: k for n, kinds in found.items() if n not in declared and len(kinds) == 1 for k in kinds if k}
+    kinds = {n: said.get(n) or (k.pop() if len(k) == 1 else None) for n, k in found.items() if n not in declared}
+    return {n: kind for n, kind in kinds.items() if kind}
+
+
+def of_bases(c, classes):
+    "What bases of the same notebook say of their attributes: attribute → type."
+    bases = [classes[b.id] for b in c.bases if isinstance(b, ast.Name) and b.id in classes]
+    said = [of_bases(b, classes) | attributes(b, classes) for b in bases]
+    said += [
+        {
+            n.target.id: in_text(n.annotation)
+            for n in b.body
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
+        for b in bases
+    ]
+    return {n: kind for one in said for n, kind in one.items()}
 
 
 def declares(c, classes):
-    "What a class says of its attributes, and its bases of the same notebook."
+    "The attributes that a class itself says, or has as methods."
     targets = [n.target for n in ast.walk(c) if isinstance(n, ast.AnnAssign)]
     names = {t.attr if isinstance(t, ast.Attribute) else t.id for t in targets if not isinstance(t, ast.Subscript)}
     names |= {n.name for n in c.body if isinstance(n, ast.FunctionDef)}
     names |= {
         t.id for n in c.body if isinstance(n, ast.Assign) for t in ast.walk(n.targets[0]) if isinstance(t, ast.Name)
     }
-    bases = [classes[b.id] for b in c.bases if isinstance(b, ast.Name) and b.id in classes]
-    return names.union(*({*declares(b, classes), *attributes(b, classes)} for b in bases))
+    return names
 
 
 def kind_of(value, known):
@@ -129,11 +145,18 @@ def kind_of(value, known):
         return type(value.value).__name__ if type(value.value).__name__ in PLAIN else None
     if isinstance(value, ast.JoinedStr):
         return "str"
+    if isinstance(value, ast.Dict) and value.keys:
+        of = [{kind_of(v, known) for v in some} for some in (value.keys, value.values)]
+        return f"dict[{of[0].pop()}, {of[1].pop()}]" if all(len(k) == 1 and None not in k for k in of) else None
     if isinstance(value, ast.Call) and isinstance(value.func, (ast.Name, ast.Attribute)):
         name = ast.unparse(value.func)
         last = name.rpartition(".")[2]
+        if name in ARRAYS:
+            return "np.ndarray"
         made = last[:1].isupper() and not last.isupper() and last not in OPEN
         return name if made or name in PLAIN else None
+    if isinstance(value, ast.BinOp) and not isinstance(value.op, ast.Div):
+        return "int" if kind_of(value.left, known) == kind_of(value.right, known) == "int" else None
     return None
 
 

@@ -283,8 +283,8 @@ def collect(
     model: nn.Module,  # runs in eval mode, and is left as it was
     batches: Iterable[Any] | Split,  # of inputs, or of whatever `loss` takes
     needs: str,  # 'gradient', 'movement', 'power' or 'moment'
-    loss: Callable[[nn.Module, Any], Tensor]
-    | None = None,  # (model, batch) → scalar; None: cross-entropy of (inputs, labels)
+    # (model, batch) → scalar; None: cross-entropy of (inputs, labels)
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     layers: dict[str, nn.Module] | None = None,  # name → layer; None: all that can be pruned
     lr: float = 0.01,  # for 'movement'
     first: bool = False,  # for 'power' and 'moment': stop each run when all of the layers have been called once

@@ -25,8 +25,8 @@ def cut_layer(
     h: Tensor | Callable[..., Any] | Criterion | str,  # bool mask: True stays; or what gives a saliency to each weight
     bound: float = 0.0,  # ε: weights with h ≤ ε are cut
     batches: Iterable[Any] | None = None,  # inputs of this layer, for criteria that need data
-    loss: Callable[[nn.Module, Any], Tensor]
-    | None = None,  # (layer, batch) → scalar, for criteria that need a gradient
+    # (layer, batch) → scalar, for criteria that need a gradient
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> nn.Module:  # a copy with a mask
     """Cut the weights whose heuristic saliency is at most a bound. If h bounds the true saliency from above, all
     that was cut is cheap.
@@ -57,8 +57,8 @@ def cut_model(
     h: Any,  # a heuristic for all layers; or a dict of names or patterns and masks or heuristics
     bound: float = 0.0,  # ε: weights with h ≤ ε are cut
     batches: Iterable[Any] | None = None,  # for criteria that need data
-    loss: Callable[[nn.Module, Any], Tensor]
-    | None = None,  # (model, batch) → scalar, for criteria that need a gradient
+    # (model, batch) → scalar, for criteria that need a gradient
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     layers: tuple[type, ...] = PRUNABLE,  # classes of the layers that are cut
     allow_empty: bool = False,  # may a layer lose all its weights?
 ) -> nn.Module:  # a copy with masks

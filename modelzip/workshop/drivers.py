@@ -330,9 +330,8 @@ def quantize_at_once(
     model: nn.Module,  # it is left as it is
     statistics: Mapping[str, Any] | None,  # of the original model; None: no data
     columns: Callable[..., Any] | str | None = None,  # rule for column scales
-    overrides: Mapping[str, Any]
-    | Callable[[str, nn.Module], Any]
-    | None = None,  # options by name or pattern, or a rule: see `choose_matrices`
+    # options by name or pattern, or a rule: see `choose_matrices`
+    overrides: Mapping[str, Any] | Callable[[str, nn.Module], Any] | None = None,
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     **options: Any,  # of the method
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`

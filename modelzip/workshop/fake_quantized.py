@@ -38,10 +38,6 @@ class TrainedAsIntegers(Settings):
         for errors
     """
 
-    training: bool
-    activations: Any
-    weights: Any
-
     frozen = setting(0, bool)
 
     def __init__(
@@ -54,8 +50,10 @@ class TrainedAsIntegers(Settings):
     ):
         super().__init__()
         self._keep(False)
+        self.weights: Any
+        self.activations: Any
         self.layer, self.weights, self.activations, self.norm, self.name = layer, weights, activations, norm, name
-        self.training = layer.training
+        self.training: bool = layer.training
 
     def extra_repr(self) -> str:
         return "frozen" if self.frozen else ""
@@ -229,8 +227,6 @@ class FakeRecurrent(nn.Module):
         name of a matrix → its quantizer
     """
 
-    training: bool
-
     def __init__(
         self,
         layer: nn.RNNBase,
@@ -238,7 +234,7 @@ class FakeRecurrent(nn.Module):
     ):
         super().__init__()
         self.layer, self.weights = layer, nn.ModuleDict(weights)
-        self.training = layer.training
+        self.training: bool = layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         "A layer for this moment, which shares all but the rounded matrices."

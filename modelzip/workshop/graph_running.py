@@ -340,11 +340,10 @@ class GraphModel(Container):
     """A model that a file describes completely. `most_memory` is what the values of a call may use, in bytes (None: 256
     MiB, and 1,024 for each byte of the inputs and the parameters)."""
 
-    program: "Program | None"
-    most_memory: int | None
-
     def __init__(self, entry: dict[str, Any]):
         super().__init__(entry)
+        self.program: Program | None
+        self.most_memory: int | None
         self.most_memory = self.program = None
 
     @property

@@ -130,7 +130,7 @@ class StaticAttention(Attention):
     value_step : float
     """
 
-    in_state: tuple[str, ...] = ("heads", *STEPS)
+    in_state = ("heads", *STEPS)
     floats = Attention  # whose place it takes
 
     def __init__(
@@ -229,7 +229,7 @@ class StaticOpenAttention(StaticAttention, OpenAttention):
         [n, places, width]; False: [places, n, width]
     """
 
-    in_state: tuple[str, ...] = ("heads", "batch_first", *STEPS)
+    in_state = ("heads", "batch_first", *STEPS)
     floats = OpenAttention
 
     def __init__(

@@ -40,10 +40,6 @@ class QConv2d(IntegerLayer):
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
 
-    inputs: int
-    geometry: tuple[Any, ...]
-    smallest: list[int]
-
     def __init__(
         self,
         layer: nn.Conv2d,  # gives bias, stride, padding, dilation and groups; its weight is dropped
@@ -58,7 +54,9 @@ class QConv2d(IntegerLayer):
     ):
         super().__init__(layer, q, name, activations, requantize, floats)
         padding, dilation = self._how()[1:3]
-        self.smallest = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, layer.kernel_size, padding)]
+        self.smallest: list[int] = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, layer.kernel_size, padding)]
+        self.inputs: int
+        self.geometry: tuple[Any, ...]
         self.inputs, self.geometry = layer.in_channels, self._how()
 
     @staticmethod

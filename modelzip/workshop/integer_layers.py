@@ -111,10 +111,6 @@ class NoGradient(torch.autograd.Function):
 class IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
 
-    prepared: Prepared
-    kernel: str
-    said: str
-
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
     floats = False  # of a layer that an earlier version pickled
 
@@ -125,9 +121,9 @@ class IntegerLayer(Dequantize):
         if activations not in ("row", "tensor"):
             raise ValueError(f"activations is {activations!r}; it may be 'row' or 'tensor'")
         self.activations, self.requantize, self.floats = activations, bool(requantize), bool(floats)
-        self.prepared = Prepared()
-        self.kernel = self._choose()
-        self.said = described(self)  # for a compiled graph
+        self.prepared: Prepared = Prepared()
+        self.kernel: str = self._choose()
+        self.said: str = described(self)  # for a compiled graph
 
     def options(self) -> dict[str, Any]:
         said = {name: True for name in ("requantize", "floats") if getattr(self, name)}

@@ -47,9 +47,6 @@ class QLinear(IntegerLayer):
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
 
-    inputs: int
-    outputs: int
-
     def __init__(
         self,
         layer: nn.Linear,  # gives the bias; its weight is dropped
@@ -65,6 +62,8 @@ class QLinear(IntegerLayer):
         floats: bool = False,  # compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     ):
         # looked up often: kept beside the layer's own
+        self.inputs: int
+        self.outputs: int
         self.inputs, self.outputs = layer.in_features, layer.out_features
         super().__init__(layer, q, name, activations, requantize, floats)
 

@@ -201,7 +201,6 @@ class QRecurrent(IntegerLayer):
 
     activations: str
     requantize: bool
-    prepared: Any
     kernel: str
     said: str
 

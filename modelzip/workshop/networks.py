@@ -59,16 +59,15 @@ class Attention(SettingsInState, nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how
     many heads it has; one of another number is refused."""
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    out: nn.Linear
-
-    in_state: tuple[str, ...] = ("heads",)
+    in_state = ("heads",)
 
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads
+        self.query: nn.Linear
+        self.key: nn.Linear
+        self.value: nn.Linear
+        self.out: nn.Linear
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def check_settings(self, heads: int) -> None:

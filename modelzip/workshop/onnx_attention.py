@@ -75,11 +75,10 @@ def translations() -> dict[Any, Any]:
 class AttentionHole(StaticAttention):
     "Stands in for an attention in integers whose four layers may be holes, too."
 
-    training: bool
-
     def __init__(self, number: int, layer: StaticAttention, layers: dict[Any, Any]):
         torch.nn.Module.__init__(self)
         self.__dict__ |= {k: getattr(layer, k) for k in layer.in_state}
+        self.training: bool
         self.number, self._modules, self.training = number, layers, layer.training
 
     def products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -132,8 +132,8 @@ def disagreement(
     free: tuple[dict[int, str], ...],  # for each of them its free dimensions by name
     tolerance: float = 0.01,  # of the norm of an output's difference, relative to the output's
     engine: str = "ONNX Runtime",  # what computes, for the error
-    sizes: dict[str, Any]
-    | None = None,  # name of a free dimension → least and largest size for which the graph is right
+    # name of a free dimension → least and largest size for which the graph is right
+    sizes: dict[str, Any] | None = None,
     strict: bool = False,  # an engine that fails where the model does not is an error, for other sizes too
 ) -> float | None:  # the largest relative difference above the tolerance; None: there is none
     """How far the outputs of a file are from those of its model.

@@ -25,10 +25,9 @@ GATES: dict[type, Any] = {
 class RecurrentHole(nn.Module):
     "Stands in for a recurrent layer; [length, batch, features] inside."
 
-    states: int
-
     def __init__(self, number: int, layer: nn.RNNBase):
         super().__init__()
+        self.states: int
         self.number, self.states = number, 1 + isinstance(layer, nn.LSTM)
         for a in "input_size", "hidden_size", "num_layers", "batch_first", "bidirectional":
             setattr(self, a, getattr(layer, a))

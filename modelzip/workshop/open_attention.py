@@ -120,7 +120,7 @@ class OpenAttention(Attention):
         of probabilities, while it trains
     """
 
-    in_state: tuple[str, ...] = ("heads", "batch_first")
+    in_state = ("heads", "batch_first")
     _qkv_same_embed_dim = False  # so that an encoder layer calls it
     in_proj_weight = in_proj_bias = bias_k = bias_v = None
 

@@ -299,8 +299,8 @@ def close(
     self: Pool,
     wait: bool = True,  # return when the workers have ended
     cancel: bool = False,  # cancel what has not begun; else it is served
-    timeout: float
-    | None = None,  # seconds to wait; then processes are killed, and threads, which nobody can end, named
+    # seconds to wait; then processes are killed, and threads, which nobody can end, named
+    timeout: float | None = None,
 ) -> None:
     """Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves
     the pool to the original. `TimeoutError` when a thread has not come back from the model in time.

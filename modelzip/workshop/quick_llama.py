@@ -165,9 +165,6 @@ class FewRows(nn.Module):
         a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
     """
 
-    run: Callable[..., Any]
-    trusts: Callable[..., bool] | None
-
     def __init__(self, layer: Dequantize):  # a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
         super().__init__()
         in_blocks = isinstance(layer.q, BlockTensor)
@@ -175,6 +172,8 @@ class FewRows(nn.Module):
         if self.most > 1:
             weight, scales, group = blocks_for_kernel(layer.q) if in_blocks else layer.prepared.get(layer, "int4")
             product = torch._weight_int4pack_mm_for_cpu
+            self.run: Callable[..., Any]
+            self.trusts: Callable[..., bool] | None
             self.run, self.trusts = lambda rows: product(rows.bfloat16(), weight, group, scales).float(), None
         else:
             weight, seven = layer.prepared.get(layer, "bare"), engines.capabilities().reduce_range
@@ -276,19 +275,17 @@ class RoomyCache:
 class QuickBlock(nn.Module):
     "`LlamaBlock`, with a product for queries, keys and values, and one for gate and up."
 
-    heads: int
-    kv_heads: int
-    all: nn.Module
-    both: nn.Module
-    out: nn.Module
-    down: nn.Module
-
     def __init__(self, block: LlamaBlock):
         super().__init__()
         attention, feed = block.attention, block.feed
+        self.heads: int
+        self.kv_heads: int
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.norms = nn.ModuleList([block.attention_norm, block.norm])
-        self.all = stacked([attention.query, attention.key, attention.value])
+        self.all: nn.Module = stacked([attention.query, attention.key, attention.value])
+        self.both: nn.Module
+        self.out: nn.Module
+        self.down: nn.Module
         self.both, self.out, self.down = stacked([feed.gate, feed.up]), *map(without_checks, (attention.out, feed.down))
 
     def forward(self, x: Tensor, turns: Tensor, cache: object, layer: int) -> Tensor:
@@ -325,13 +322,12 @@ class QuickBlock(nn.Module):
 class QuickLlama(nn.Module):
     "What `quick_llama` makes. It computes without gradients."
 
-    context: int
-    words: nn.Module
-    head: nn.Module
-    norm: nn.RMSNorm
-
     def __init__(self, model: Llama):
         super().__init__()
+        self.context: int
+        self.words: nn.Module
+        self.norm: nn.RMSNorm
+        self.head: nn.Module
         self.context, self.words, self.norm, self.head = (
             model.context,
             model.words,

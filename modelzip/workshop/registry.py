@@ -75,8 +75,8 @@ def _stamp_class(name: str, cls: type) -> type:
 # %% ../../nbs/workshop/registry.ipynb
 def register_model(
     name: str,  # what files call this architecture
-    build: Callable[..., Any]
-    | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
+    # function or `nn.Module` class with JSON options; None: use as a decorator
+    build: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:  # `build`, whose models carry `.architecture`
     """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises
     ValueError. A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or

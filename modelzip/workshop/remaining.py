@@ -86,7 +86,7 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     dtype : Any, default None
     """
 
-    in_state: tuple[str, ...] = ("total", "channels_first", "eps")
+    in_state = ("total", "channels_first", "eps")
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
     dtype : Any, default None
     """
 
-    in_state: tuple[str, ...] = ("total", "eps")
+    in_state = ("total", "eps")
 
     def check_settings(self, total: int, eps: float | None) -> None:
         check_counting(self, total, eps)
@@ -266,12 +266,7 @@ class RemainingAttention(SettingsInState, nn.Module):
     dtype : Any, default None
     """
 
-    in_proj_bias: nn.Parameter | None
-    out_proj: nn.Linear
-    kdim: int
-    vdim: int
-
-    in_state: tuple[str, ...] = ("num_heads", "head_dim", "batch_first")
+    in_state = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
     reads_its_layers = True  # `out_proj`
     in_proj_weight = bias_k = bias_v = None
@@ -298,6 +293,8 @@ class RemainingAttention(SettingsInState, nn.Module):
             dropout,
             batch_first,
         )
+        self.kdim: int
+        self.vdim: int
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self._make_parameters(num_heads * head_dim, bias, {"device": device, "dtype": dtype})
 

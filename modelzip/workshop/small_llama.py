@@ -40,22 +40,21 @@ class RootNorm(nn.Module):
 class SmallBlock(nn.Module):
     "Attention and a gated feed-forward layer, each behind its norm and added to the stream."
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-
     def __init__(self, width: int, heads: int, kv: int, size: int, hidden: int):
         super().__init__()
         self.size = size
         self.norm1, self.norm2 = RootNorm(width), RootNorm(width)
         linear = lambda a, b: nn.Linear(a, b, bias=False)
+        self.q: nn.Linear
+        self.k: nn.Linear
+        self.v: nn.Linear
+        self.o: nn.Linear
         self.q, self.k, self.v, self.o = (
             linear(*s) for s in ((width, heads * size), *[(width, kv * size)] * 2, (heads * size, width))
         )
+        self.gate: nn.Linear
+        self.up: nn.Linear
+        self.down: nn.Linear
         self.gate, self.up, self.down = linear(width, hidden), linear(width, hidden), linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:

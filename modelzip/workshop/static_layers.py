@@ -312,9 +312,6 @@ class StaticConv2d(KnownInput, QConv2d):
         codes of the input
     """
 
-    pads: list[int]
-    smallest: list[int]
-
     def __init__(
         self,
         layer: nn.Conv2d,  # gives bias and geometry; its weight is dropped
@@ -326,11 +323,11 @@ class StaticConv2d(KnownInput, QConv2d):
     ):
         self._remember(scale, zero_point, levels)
         own = layer.padding == "same" or layer.padding_mode != "zeros"
-        self.pads = list(layer._reversed_padding_repeated_twice) if own else []  # left, right, top, bottom
+        self.pads: list[int] = list(layer._reversed_padding_repeated_twice) if own else []  # left, right, top, bottom
         super().__init__(layer, q, name, "tensor")
         if own:
             around = zip(self.smallest, self.pads[2::-2], self.pads[3::-2])
-            self.smallest = [n - before - after for n, before, after in around]
+            self.smallest: list[int] = [n - before - after for n, before, after in around]
 
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:

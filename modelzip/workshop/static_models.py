@@ -93,8 +93,8 @@ def tied_layers(model: nn.Module) -> set[str]:  # names
 
 def static_places(
     model: nn.Module,  # it is left as it is
-    overrides: Mapping[str, Any]
-    | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    overrides: Mapping[str, Any] | None = None,
     others: Iterable[str] = (),  # names that a pattern may mean besides
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
     """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a

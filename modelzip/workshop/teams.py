@@ -191,11 +191,10 @@ def collect(job: Job, on_error: str, timeout: float | None, in_time: bool) -> li
 def run_in_threads(
     func: Callable[..., Any],  # called in the threads
     num_threads: int | None = None,  # threads that run side by side; None: one a core
-    args: Iterable[Any]
-    | None = None,  # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
-    kwargs: Mapping[str, Any]
-    | Sequence[Any]
-    | None = None,  # keyword arguments: a dict for all calls, or a list with one for each
+    # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
+    args: Iterable[Any] | None = None,
+    # keyword arguments: a dict for all calls, or a list with one for each
+    kwargs: Mapping[str, Any] | Sequence[Any] | None = None,
     *,
     intra_op: int = 1,  # threads that an operation may use inside each of these threads
     progress: bool = False,  # show a bar

@@ -63,14 +63,6 @@ class ThinLinear(nn.Sequential):
 class ThinConv2d(nn.Sequential):
     "The same for a convolution: one with few filters, then a 1×1."
 
-    stride: tuple[int, ...]
-    padding: str | tuple[int, ...]
-    dilation: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    groups: int
-    transposed: bool
-
     groups, transposed, output_padding = 1, False, (0, 0)
 
     def __init__(
@@ -96,6 +88,10 @@ class ThinConv2d(nn.Sequential):
             out_channels,
             padding_mode,
         )
+        self.kernel_size: tuple[int, ...]
+        self.stride: tuple[int, ...]
+        self.padding: str | tuple[int, ...]
+        self.dilation: tuple[int, ...]
         self.kernel_size, self.stride, self.padding, self.dilation = (
             first.kernel_size,
             first.stride,
