@@ -645,6 +645,29 @@ def test_gradients_pass_to_the_input():
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 8), atol=1e-6)
 
 
+def test_who_finds_nothing_says_that_all_is_compressed_already():
+    from modelzip import calibrate, compress, factorize, gptq, prune_model, quantize_static, sensitivity, trellis
+
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
+    small, masked = quantize_model(model, 4), prune_model(model, 0.5)
+    for f in (
+        lambda m: quantize_model(m, 2),
+        lambda m: prune_model(m, 0.5),
+        lambda m: gptq(m, [x], 4),
+        lambda m: calibrate(m, [x]),
+        lambda m: quantize_static(m, [x]),
+        lambda m: sensitivity(m, lambda _: 1.0),
+        trellis,
+        compress,
+        lambda m: factorize(m, rank=2),
+    ):
+        with pytest.raises(ValueError, match="compressed already: 2 .*dequantize_model"):
+            f(small)
+    for f in compress, lambda m: factorize(m, rank=2):
+        with pytest.raises(ValueError, match="0.weight is parametrized by Mask; call .*remove_masks"):
+            f(masked)
+
+
 def test_bad_models():
     with pytest.raises(ValueError, match="no layer to quantize"):
         quantize_model(nn.Sequential(nn.ReLU()))
