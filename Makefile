@@ -29,6 +29,12 @@ test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
 
+oldest:  ## in an environment of its own, the lowest versions that settings.ini names: what users meet first, files, graphs
+	python3 tools/ends.py oldest $(filter-out python3,$(PYTHON))
+
+newest:  ## the same with the newest Python (PYTHON=python3.13) and PyTorch
+	python3 tools/ends.py newest $(PYTHON)
+
 fuzz: $(STAMP)  ## search for inputs that break a property: 25 times as many examples, new ones each time (SEED=… repeats a search)
 	@echo "seed $(SEED)"
 	MODELZIP_FUZZ=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m hypothesis --hypothesis-seed=$(SEED) tests
@@ -61,6 +67,6 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv _docs _proc paper tour course build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest _docs _proc paper tour course build dist *.egg-info .pytest_cache .hypothesis
 
-.PHONY: help setup tour test fuzz lab docs paper book course grade bench record clean
+.PHONY: help setup tour test oldest newest fuzz lab docs paper book course grade bench record clean

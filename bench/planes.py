@@ -158,7 +158,7 @@ def contest(name, peer, rounds, rng):
 
 
 def main():
-    arguments = argparse.ArgumentParser()
+    arguments = argparse.ArgumentParser(allow_abbrev=False)
     arguments.add_argument("--peer")
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--only", nargs="*", choices=DATA)

@@ -277,7 +277,9 @@ def attempt(f, models, name):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("part", nargs="?", choices=("torchvision", "peer", "lenet"))
     parser.add_argument("names", nargs="*", help="architectures; none: all")
     asked = parser.parse_args()

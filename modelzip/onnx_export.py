@@ -18,6 +18,7 @@ from .data import need
 from .kernels import QConv2d, QLinear
 from .workshop.calls import Flat, Layout, Quiet
 from .workshop.engines import one_scale_an_output
+from .workshop.graph_tracing import place_of, reason_of
 from .workshop.models import call, copied
 from .workshop.onnx_attention import spell_out, static_attention, translations
 from .workshop.onnx_expanded import fetched_rows, float_linear
@@ -211,7 +212,7 @@ def _exported(model, example, dynamic, opset, names):
             )
             return program.model_proto, _sizes(program.exported_program, shapes)
         except torch.onnx.errors.OnnxExporterError as e:
-            raise ValueError(f"PyTorch's exporter cannot write the model: {_first_cause(e)}") from e
+            raise ValueError(f"PyTorch's exporter cannot write the model: {place_of(e, model)}{reason_of(e)}") from e
 
 
 def _sizes(program, shapes):

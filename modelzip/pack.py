@@ -116,6 +116,12 @@ def save(
             seal_solid(f, solid_bytes(manifest, pieces))
         else:
             write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
+            if old is not None and not old.is_worth_it(f.seek(0, os.SEEK_END)):
+                old.take_back(manifest)
+                old = None
+                f.seek(0)
+                f.truncate()
+                write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
         prove(f, model, old)
     return Path(os.fsdecode(path))
 

@@ -21,6 +21,7 @@ from .quant import as_tensor
 from .workshop.bites import unit_of_blocks
 from .workshop.scales import as_columns, fitted_scales, largest_of_columns, matrices_for, nearest_weight
 from .workshop.drivers import COLUMNS, movable_biases, named, quantize_at_once, sharing_inputs, with_biases
+from .workshop.matrices import passed_over
 from .workshop.models import as_batches, copied
 from .workshop.pairs import asked_pairs, by_channel, check_same, layers_to_scale, move_factor, proven_pairs
 from .workshop.replay import show_rows
@@ -59,7 +60,9 @@ def calibrate(
     twin, seen = Twin(model), Statistics()
     points, _ = points_of(twin.model, layers)
     if not points:
-        raise ValueError("model has no layer to calibrate: none of the kinds whose products are known")
+        raise ValueError(
+            f"model has no layer to calibrate: none of the kinds whose products are known{passed_over(model)}"
+        )
     tell = lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments)
     for i, batch in enumerate(as_batches(batches)):
         show_rows(twin, batch, i, points, tell, undo=seen.clear)
@@ -223,7 +226,7 @@ def equalize(
         raise ValueError(f"rounds is {rounds!r}; it may be a whole number of 1 or more")
     found, why = proven_pairs(model) if pairs is None else (asked_pairs(model, pairs), "pairs is empty")
     if not found:
-        raise ValueError(f"model has no pair to equalize: {why}")
+        raise ValueError(f"model has no pair to equalize: {why}{passed_over(model)}")
     new = copied(model)
     layers = layers_to_scale(new, found)
     for _ in range(rounds):

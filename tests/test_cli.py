@@ -3,6 +3,7 @@
 import argparse, contextlib, io, itertools, json, os, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,9 +13,9 @@ import modelzip.cli
 import modelzip.deploy
 from guards import share
 from modelzip.archive import PackError
-from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, quantize_weights
+from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, parser, quantize_weights
 from modelzip.data import LeNet5
-from modelzip.exchange import to_safetensors
+from modelzip.exchange import to_gguf, to_safetensors
 from modelzip.pack import inspect, load, read_tensor, save
 from modelzip.quant import Dequantize, quantize_model
 from modelzip.recipe import RECIPES
@@ -544,6 +545,73 @@ def test_the_codebook_says_its_bits(place, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("4 bits")
     assert cli(["compress", "own.mz", "-o", "four.mz", "--recipe", "4-bit", "--quiet"]) == 0
     assert "int8" not in (out := capsys.readouterr().out).splitlines()[0] and "the given recipe" in out.splitlines()[0]
+
+
+def test_no_option_is_taken_for_another(capsys):
+    "Each of each command with its last letter missing."
+    seen = 0
+    for name, p in parser()._subparsers._group_actions[0].choices.items():
+        for option in p._option_string_actions:
+            if option.startswith("--") and option[:-1] not in p._option_string_actions:
+                seen += 1
+                assert cli([name, "x", f"{option[:-1]}=1"]) == 2
+                assert capsys.readouterr().err.startswith(f"modelzip: there is no {option[:-1]}; did you mean --")
+    assert seen > 50
+
+
+def test_what_is_no_file_of_ours_says_what_reads_it(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = {"a.weight": torch.rand(4, 4)}
+    torch.save(weights, "m.pt")
+    torch.save(weights, "m.pth", _use_new_zipfile_serialization=False)
+    for ending in "safetensors", "npz", "h5":
+        assert cli(["convert", str(place / "little.safetensors"), f"m.{ending}"]) == 0
+    to_gguf(weights, "m.gguf")
+    for name, reader in {
+        "m.safetensors": "modelzip.from_safetensors",
+        "m.npz": "modelzip.from_npz",
+        "m.h5": "modelzip.from_hdf5",
+        "m.gguf": "modelzip.from_gguf",
+        "m.pt": "torch.load",
+        "m.pth": "torch.load",
+    }.items():
+        for f in load, inspect, lambda path: read_tensor(path, "a.weight"):
+            with pytest.raises(PackError, match=f"{reader} reads it; in a shell, `modelzip convert`"):
+                f(name)
+        capsys.readouterr()
+        assert cli(["run", name, "x.npy"]) == 2 and reader in capsys.readouterr().err
+        assert cli(["convert", name, "back.mz"]) == 0
+
+
+def test_what_names_no_model_says_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tagging.py").write_text("from torch import nn\nclass Tagger(nn.Linear): ...\n")
+    (tmp_path / "lacking.py").write_text("import no_such_module\n")
+    for what, says in {
+        "tagger:Tagger": "there is no module tagger, neither in ",
+        "tagging:Taggr": "tagging has no 'Taggr'; did you mean Tagger?",
+        "tagging:Other": "tagging has no 'Other'; it has Tagger",
+        "lacking:Tagger": "No module named 'no_such_module' (lacking.py, line 1)",
+    }.items():
+        assert cli(["bench", what, "--input", "1x4"]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1 and "frozen" not in err, err
+
+
+def test_run_says_what_it_needs_before_it_computes(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+    save(Own(), "own.mz")
+    np.save("x.npy", np.zeros((1, 4), np.float32))
+    assert cli(["run", "own.mz", "x.npy"]) == 2
+    assert "own.mz holds no graph; in Python, save(model, path, example=...) writes one" in capsys.readouterr().err
+    assert cli(["run", "absent.mz", "x.npy", "-o", "no/y.npy"]) == 2
+    assert "The folder to save into does not exist; make it first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["compress {} -o {}.mz", "convert {} {}.mz", "convert {} {}.npz", "convert {} {}.h5"])

@@ -85,6 +85,14 @@ def test_a_module_with_the_name_of_its_function_is_called_like_it():
         assert inspect.signature(modelzip.deploy) == inspect.signature(modelzip.deploy.deploy)
         assert isinstance(modelzip.trellis(m).q, modelzip.trellis.TrellisTensor)  # the function's module
         assert "teacher" in inspect.signature(modelzip.distill).parameters  # not imported before
+        import pydoc
+        both = [home for home, names in modelzip._HOMES.items() if home in names.split()]
+        assert {"deploy", "distill", "explore", "trellis"} <= {*both}
+        for name in both:
+            module = getattr(modelzip, name)
+            f, page = getattr(module, name), pydoc.plain(pydoc.render_doc(module))
+            page, doc = " ".join(page.replace("DESCRIPTION", "").split()), " ".join(inspect.getdoc(f).split())
+            assert module.__doc__ == inspect.getdoc(f) and doc in page.partition(" CLASSES ")[0], page[:500]
     """)
 
 
@@ -168,6 +176,10 @@ def test_a_slip_in_the_name_of_an_argument_is_named():
         else:
             wrong.append((name, slip, "nothing was said"))
     assert seen > 100 and not wrong, wrong[:10]
+    model = torch.nn.Linear(8, 4)
+    for f in modelzip.quantize_layer, modelzip.quantize_model, modelzip.hqq, modelzip.prune_model:
+        with pytest.raises(TypeError, match=rf"^\w+ is no argument of {f.__name__}\(\)"):
+            f(model, **{"bit" if "bits" in inspect.signature(f).parameters else "sparsty": 4})
 
 
 # ---------------------------------------------------------------------------------- without plots and widgets
@@ -196,15 +208,36 @@ def test_the_library_works_without_plots_and_widgets(tmp_path):
         for draw in table.pareto, mz.pack.inspect("a.mz").plot, lambda: mz.explore.plot_matrix(x):
             try: draw()
             except ImportError as e: print(e)
+        print(table.to_html("report.html").read_text().partition("<figcaption>")[2])
     """)
     told = "this needs `matplotlib`, which is not installed: pip install 'modelzip[notebook]'"
-    assert said.count(told) == 3, said
+    assert said.count(told) == 3 and "A picture is left out: this needs `matplotlib`" in said, said
 
 
 # ---------------------------------------------------------------------------------- what is installed, what is promised
 
 
 SETTINGS = dict(re.findall(r"^(\w+) = (.*)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M))
+
+
+def test_the_ends_are_those_that_are_promised():
+    import ends
+
+    asked, newest = ends.requirements("oldest"), ends.requirements("newest")
+    for r in SETTINGS["requirements"].split():
+        assert r.replace(">=", "==") in asked and r in newest
+    page = (ROOT / "nbs/promises.ipynb").read_text(encoding="utf-8")
+    said = dict(r.split(">=") for r in SETTINGS["requirements"].split() if ">=" in r)
+    assert f"Python {SETTINGS['min_python']} with PyTorch {said['torch']}.0 and fastcore {said['fastcore']}.0" in page
+    assert ends.python_of("oldest") == f"python{SETTINGS['min_python']}"
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in ends.TESTS)
+
+
+def test_each_block_of_the_readme_writes_files_of_its_own():
+    blocks = re.findall(r"^```\w+\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    written = [{*re.findall(r"[\w-]+\.mz\b", b)} for b in blocks]
+    names = [n for names in written for n in names]
+    assert len(names) > 5 and len(names) == len({*names}), sorted(names)
 
 
 def test_doctor_knows_every_extra():

@@ -132,6 +132,21 @@ def test_nothing_in_common_is_no_update(tmp_path):
     assert inspect(other).base is None and load(other, nn.Linear(5, 4)).in_features == 5
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_of_another_model_nothing_is_an_update(tmp_path, archive):
+    "Norms begin as ones in each model, and some numbers are alike by chance: the file is the one that needs no other."
+    for bits in None, 4:
+        models = []
+        for seed in 1, 2:
+            with seeded(seed):
+                models.append(nn.Sequential(nn.Linear(64, 200), nn.LayerNorm(200), nn.ReLU(), nn.Linear(200, 10)))
+        a, b = models if bits is None else (quantize_model(m, bits) for m in models)
+        save(a, tmp_path / "a.mz", archive=archive)
+        alone = save(b, tmp_path / "alone.mz", archive=archive)
+        update = save(b, tmp_path / "update.mz", archive=archive, base=tmp_path / "a.mz")
+        assert update.read_bytes() == alone.read_bytes() and updates.bases_of(update) == []
+
+
 def test_chains_end(tmp_path):
     m, paths = nn.Linear(4, 3), []
     for i in range(MOST_BASES + 1):

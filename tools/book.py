@@ -264,7 +264,7 @@ def check():
             ROOT,
             copy,
             ignore=shutil.ignore_patterns(
-                ".git", ".venv", "_docs", "_proc", "tour", "course", "bench", "__pycache__", "build"
+                ".git", ".venv*", "_docs", "_proc", "tour", "course", "bench", "__pycache__", "build"
             ),
         )
         shutil.rmtree(copy / "modelzip")

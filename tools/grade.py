@@ -386,7 +386,9 @@ def ready(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="the table; grades.csv in the folder when left out")
     parser.add_argument("--cell", type=float, default=60, help="seconds for a cell, and for a check")

@@ -122,13 +122,13 @@ def table():
     made, used = modules(), uses()
     name = lambda f, g: g or f"*{f}* (chapters)"
     home = {made[p]: r for r, paths in rooms().items() for p in paths if made.get(p)}
-    lines = ["| room | notebook → module, where that has another name | uses |", "|---|---|---|"]
+    lines = ["| floor | room | notebook → module, where that has another name | uses |", "|---|---|---|---|"]
     for (floor, group), paths in reversed(rooms().items()):
         paths = [p for p in paths if p in made]
         on = {home[b] for p in paths if made[p] for b in used[made[p]] if b in home} - {(floor, group)}
         shown = [entry(p, made[p]) for p in paths]
         lines.append(
-            f"| {name(floor, group)} | {', '.join(shown)} | {' · '.join(name(*r) for r in rooms() if r in on)} |"
+            f"| {floor} | {group or '*its chapters*'} | {', '.join(shown)} | {' · '.join(name(*r) for r in rooms() if r in on)} |"
         )
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from ..data import eval_mode
 from ..measure import latency, macs as count_macs, tensor_bytes
 from .axes import places
 from .drawing import Groups
+from .matrices import passed_over
 from .models import call
 from .rehearsal import examples_of
 from .steps import channel_groups, rehearse, replayed
@@ -251,7 +252,8 @@ def choose_channels(
     if not len(groups):
         raise ValueError(
             "model has no channels that can be removed: "
-            + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8])
+            + ("; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]) or "none has weights that are floats")
+            + passed_over(model)
         )
     scores = channel_scores(model, groups, criterion)
     at = lambda r: Choice(model, groups, pick(groups, scores, r, round_to, scope))

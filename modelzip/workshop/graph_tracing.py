@@ -6,7 +6,7 @@
 __all__ = ['trace', 'input_names']
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-import functools, itertools, keyword, operator, re, warnings
+import functools, itertools, keyword, linecache, operator, os, re, traceback, warnings
 from collections.abc import Callable
 from typing import Any, List, TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from .hollow import hollow
 from .kinds import hooks_named
 from .layer_table import layer_entry, plain_layer
 from .manifest import NAMES
-from .models import copied
+from .models import computed_by_hooks, copied
 from .walking import items
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
@@ -176,12 +176,43 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
         an `ExportedProgram`
     """
     shapes = (tuple(dict.fromkeys(each, torch.export.Dim.DYNAMIC) for each in free),)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch 2.6 would follow it, into one opaque operation
     try:
         with warnings.catch_warnings(), Quiet():
             warnings.simplefilter("ignore")
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
     except Exception as e:
-        raise ValueError(f"the model cannot be followed: {reason_of(e)}") from None
+        raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{reason_of(e)}") from None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def place_of(e: Exception, model: nn.Module) -> str:  # "layer blocks.0 (Gate), net.py line 3, `if x.sum() > 0:`: "
+    """Where in a model's own code an error arose; an empty text where nobody knows.
+
+    Parameters
+    ----------
+    e : Exception
+    model : nn.Module
+
+    Returns
+    -------
+    str
+        "layer blocks.0 (Gate), net.py line 3, `if x.sum() > 0:`: "
+    """
+    names, where, line = {id(m): (n, type(m).__name__) for n, m in model.named_modules()}, "", ""
+    errors = [e]
+    while errors[-1].__cause__ is not None:
+        errors.append(errors[-1].__cause__)
+    for frame, number in itertools.chain(*(traceback.walk_tb(e.__traceback__) for e in errors)):
+        if (found := names.get(id(frame.f_locals.get("self")))) is not None:
+            where, line = f"layer {found[0]} ({found[1]})" if found[0] else found[1], ""
+        if where and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "modelzip"):
+            file = frame.f_code.co_filename
+            text = linecache.getline(file, number, frame.f_globals).strip()
+            line = f", {os.path.basename(file)} line {number}" + f", `{cut(text, 80)}`" * bool(text)
+    return f"{where}{line}: " if where else ""
 
 
 def apart(program: Any) -> Any:  # an `ExportedProgram`
@@ -204,10 +235,18 @@ def apart(program: Any) -> Any:  # an `ExportedProgram`
         raise ValueError(f"the model cannot be taken apart: {reason_of(e)}") from None
 
 
+DECIDES = (
+    "it goes one way or another by numbers that are there only when it runs, and a graph has one way: torch.where(…)"
+    " computes both; or save without example, and load(path, model)"
+)
+
+
 def reason_of(e: Exception) -> str:
     "The innermost reason of an error, in a few words."
     while e.__cause__ is not None:
         e = e.__cause__
+    if "data-dependent" in str(e):
+        return DECIDES  # PyTorch says it in thirty lines of its own
     text = re.sub(r"For (more information|extended logs)[^\n]*", "", str(e).partition("The error above")[0])
     return cut(" ".join(text.split()), 400) or type(e).__name__
 
@@ -771,6 +810,9 @@ def trace(
         a graph, as JSON
     """
     layout = Layout(model, example, dynamic)
+    for name, m in model.named_modules():
+        for key, why in computed_by_hooks(m).items():
+            raise ValueError(f"{key} of layer {name or '(model)'} {why}")
     own = copied(model).eval()
     flat = Flat(own, layout).eval()
     tensors = [_at_least_two(x, free) for x, free in zip(layout.example, layout.free)]

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'option_rule', 'also_held',
-           'check_kept', 'held_beside', 'left_behind', 'Left', 'floats_left']
+           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'passed_over', 'option_rule',
+           'also_held', 'check_kept', 'held_beside', 'left_behind', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .arguments import check_function
 from .models import check_code, computed, held_in
@@ -289,7 +290,7 @@ def choose_matrices(
                 raise ValueError(f"{matrix.name} {why}, or leave it alone: overrides={{{matrix.layer!r}: None}}")
             chosen.append(matrix)
     if not chosen:
-        raise ValueError(_nothing(known, layers, overrides))
+        raise ValueError(_nothing(model, known, layers, overrides))
     _check_ties(model, chosen)
     check_code(model, [m.owner for m in chosen])
     return chosen
@@ -326,7 +327,29 @@ def _there(m, key):
     return key in m._parameters or computed(m, key) is not None
 
 
-def _nothing(known, layers, overrides):
+def passed_over(model: nn.Module) -> str:  # behind an error that says that a model has nothing of a kind; or ""
+    """Which layers nobody looks at, because they hold no floats of their own any more, and what to do.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    str
+        behind an error that says that a model has nothing of a kind; or ""
+    """
+    small = sum(getattr(m, "packed", None) is not None for m in model.modules())
+    said = [f"layers that are compressed already: {small} (dequantize_model(model) makes floats of them)"] * bool(small)
+    for name, m in model.named_modules():
+        if parametrize.is_parametrized(m):
+            key = next(iter(m.parametrizations))
+            said.append(f"{name + '.' * bool(name)}{key} {computed(m, key)}")
+            break
+    return "".join(f"; {s}" for s in said)
+
+
+def _nothing(model, known, layers, overrides):
     "Why there is nothing to do."
     if overrides and any(_there(m, k) for m, _ in known for k in outputs_of(m)):
         return (
@@ -337,7 +360,7 @@ def _nothing(known, layers, overrides):
         c if isinstance(c, str) else c.__name__
         for c in (MATRICES if layers is None else layers if isinstance(layers, tuple) else (layers,))
     ]
-    return f"model has no layer to quantize; it may have {', '.join(may)}"
+    return "model has no layer to quantize" + (passed_over(model) or f"; it may have {', '.join(may)}")
 
 # %% ../../nbs/workshop/matrices.ipynb
 def option_rule(

@@ -22,7 +22,7 @@ from ..ptq import nearest_weight, quantize_with
 from ..quant import QUANTIZABLE
 from ..recipe import Samples, expanded
 from .allocation import allocate
-from .matrices import identity_of, layers_of, matrices_of
+from .matrices import identity_of, layers_of, matrices_of, passed_over
 from .sensitivities import changes_of
 from .sizes import sizes_of
 from .widths import Widths, widths_of
@@ -125,7 +125,7 @@ def tensors_of(model: nn.Module) -> dict[str, list[str]]:  # name of a tensor â†
     if not found:
         raise ValueError(
             "model has nothing to compress: no Linear, convolution, embedding, recurrent or attention layer that holds"
-            " floats"
+            f" floats{passed_over(model)}"
         )
     return found
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'own_copy', 'as_inputs', 'call', 'feed',
-           'labelled', 'as_batches', 'output_tensors', 'slots_of', 'logits_of', 'computed', 'check_ordinary', 'held_in',
-           'recomputed', 'copied', 'check_code', 'may_write', 'hooks_of', 'carry_hooks']
+           'labelled', 'as_batches', 'output_tensors', 'slots_of', 'logits_of', 'computed_by_hooks', 'computed',
+           'check_ordinary', 'held_in', 'recomputed', 'copied', 'check_code', 'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
 import collections, contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
@@ -415,6 +415,28 @@ def logits_of(
     return answer
 
 # %% ../../nbs/workshop/models.ipynb
+def computed_by_hooks(layer: nn.Module) -> dict[str, str]:  # tensor → by what, and what to do
+    """What PyTorch's older tools compute before each call: masks, norms.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    dict[str, str]
+        tensor → by what, and what to do
+    """
+    found, undo = {}, {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+    for hook in layer._forward_pre_hooks.values():
+        tool, key = type(hook).__name__, getattr(hook, "_tensor_name", getattr(hook, "name", None))
+        if isinstance(hook, torch_prune.BasePruningMethod):
+            found[key] = f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {key!r}) first"
+        elif tool in undo:
+            found[key] = f"is computed by {tool}; call torch.nn.utils.{undo[tool]}(layer) first"
+    return found
+
+
 def computed(
     layer: nn.Module,
     name: str = "weight",  # of a parameter
@@ -439,13 +461,8 @@ def computed(
             f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})",
         )
         return f"is parametrized by {', '.join(type(k).__name__ for k in kinds)}; call {undo} first"
-    for hook in layer._forward_pre_hooks.values():
-        tool = type(hook).__name__
-        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name:
-            return f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {name!r}) first"
-        if tool in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", None) == name:
-            undo = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[tool]
-            return f"is computed by {tool}; call torch.nn.utils.{undo}(layer) first"
+    if (why := computed_by_hooks(layer).get(name)) is not None:
+        return why
     if name in layer._buffers:
         return "is a buffer; make it a parameter first"
     if name in vars(layer):

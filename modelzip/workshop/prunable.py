@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .matrices import also_held, check_kept, identity_of, layers_of, overlap
+from .matrices import also_held, check_kept, identity_of, layers_of, overlap, passed_over
 from .models import check_code, computed
 
 # %% ../../nbs/workshop/prunable.ipynb
@@ -171,6 +171,7 @@ def prunable_layers(
         raise ValueError(
             f"model has nothing to prune with layers={names_of(layers)}; it may have some of these"
             + f" besides {', '.join(skip)}" * bool(skip)
+            + passed_over(model)
         )
     for n, m in kept.items():
         if (why := not_plain(m) or not_ours(m)) is not None:

@@ -23,6 +23,7 @@ from ..rounding import scale_and_zero_point
 from ..structured import fold_batchnorm, foldable
 from .content import fingerprint
 from .drivers import named, warn_caller
+from .matrices import passed_over
 from .models import carry_hooks, check_ordinary, computed
 from .qat_observers import LEAST
 from .scales import matrices_for
@@ -142,7 +143,9 @@ def static_places(
         found[name] = None if said == "any" else said
     _without_ties(model, places, found, uses)
     if not found:
-        raise ValueError("model has no layer that can have a fixed range: a Linear or Conv2d that is called")
+        raise ValueError(
+            f"model has no layer that can have a fixed range: a Linear or Conv2d that is called{passed_over(model)}"
+        )
     return found
 
 

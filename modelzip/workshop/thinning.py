@@ -13,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .matrices import also_held, identity_of
+from .matrices import also_held, identity_of, passed_over
 from .models import computed
 from .readonly import read_only
 
@@ -164,7 +164,7 @@ def factors_of(
     found = {n: m for n, m in good.items() if layers is None or any(fnmatch.fnmatchcase(n, p) for p in layers)}
     if not found:
         asked = "" if layers is None else f"; layers is {list(layers)}, and it may name {', '.join(good) or 'none'}"
-        raise ValueError("model has no Linear or Conv2d that could be factorized" + asked)
+        raise ValueError(f"model has no Linear or Conv2d that could be factorized{asked}{passed_over(model)}")
     bad = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
     if bad:
         raise ValueError(f"{bad}.weight has NaN or infinite values")

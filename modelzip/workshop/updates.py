@@ -76,6 +76,8 @@ class Base:
     content : str
     below : list[str]
         its own base, and so on
+    before : list[tuple[Piece, dict]], default field(default_factory=list)
+        what is written, and its entries without a base
     lock : Any, default field(default_factory=threading.Lock)
         the file stands at one place at a time
     """
@@ -87,6 +89,7 @@ class Base:
     payload: Entry
     content: str
     below: list[str]  # its own base, and so on
+    before: list[tuple[Piece, dict]] = field(default_factory=list)  # what is written, and its entries without a base
     lock: Any = field(default_factory=threading.Lock)  # the file stands at one place at a time
 
     def source(
@@ -120,6 +123,28 @@ class Base:
                 parts = {k: p if p.base is None else replace(p, source=sources[k]) for k, p in row.parts.items()}
                 out[name] = replace(row, parts=parts)
         return out
+
+    def is_worth_it(self, size: int) -> bool:  # bytes of the file that was written
+        """Whether an update spares enough for a file that cannot be read alone.
+
+        Parameters
+        ----------
+        size : int
+
+        Returns
+        -------
+        bool
+            bytes of the file that was written
+        """
+        return LEAST * sum(p.spared for p, _ in self.before) >= size
+
+    def take_back(self, manifest: dict) -> None:
+        "All is as it was before the base came, and may be written as a file of its own."
+        manifest.pop("base", None)
+        for piece, entry in self.before:
+            piece.source, piece.spared, piece.version = None, 0, 1
+            piece.entry.clear()
+            piece.entry.update(entry)
 
     @functools.cached_property
     def view(self) -> mmap.mmap:
@@ -162,6 +187,7 @@ class Source:
 
 # %% ../../nbs/workshop/updates.ipynb
 MOST_BASES = 8  # files below an update
+LEAST = 100  # an update spares a hundredth of its bytes, or it is none
 
 
 @contextmanager
@@ -372,6 +398,7 @@ def update_of(
                 raise ValueError(f"base is {b.path!r}, and an update of it cannot take the place of {other}")
         if len(b.below) >= MOST_BASES:
             raise ValueError(f"base is {b.path!r}, which has {len(b.below)} files below it, the most that there may be")
+        b.before = [(p, dict(p.entry)) for p in pieces]
         manifest["base"] = {"name": name, "content": b.content}
         mark(manifest["tensors"], pieces, b)
         yield b

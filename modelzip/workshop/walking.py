@@ -190,6 +190,8 @@ class Piece:
         of the format that it needs; known when it is written
     source : Any, default None
         of an update: what reads the base's part of that name; see updates.ipynb
+    spared : int, default 0
+        of an update: bytes that need not be stored; known when it is written
     """
 
     name: str  # for errors
@@ -198,6 +200,7 @@ class Piece:
     packed: tuple[int, int, int] | None = None  # bits, count, levels: it holds packed codes
     version: int = 1  # of the format that it needs; known when it is written
     source: Any = None  # of an update: what reads the base's part of that name; see updates.ipynb
+    spared: int = 0  # of an update: bytes that need not be stored; known when it is written
 
 # %% ../../nbs/workshop/walking.ipynb
 def describe(

@@ -97,6 +97,8 @@ def coded_pieces(
             if piece.source is not None:
                 old = piece.source.read()
                 if identical(old, piece.tensor):
+                    data, k = as_bytes(old), old.element_size()
+                    piece.spared = 0 if data[k:] == data[:-k] else len(data)  # the ones of norms are any model's
                     return piece, None, align
                 if coded:
                     changed = stream_parts(difference(piece.tensor, old, piece.packed), *how, inner.map, prove)
@@ -104,7 +106,8 @@ def coded_pieces(
             if not coded:
                 return piece, [as_bytes(piece.tensor)], align
             data = stream_parts(piece.tensor, *how, inner.map, prove)
-            if changed is not None and sum(map(len, changed)) < sum(map(len, data)):
+            if changed is not None and (spared := sum(map(len, data)) - sum(map(len, changed))) > 0:
+                piece.spared = spared
                 data, piece.entry["base"] = changed, zlib.crc32(as_bytes(piece.tensor))
             return piece, data, align
 
