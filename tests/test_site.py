@@ -442,8 +442,16 @@ def test_course_pages_are_pages(built):
 # ---------------------------------------------------------------------------------- in a browser
 
 
-EVERY_FRAME = """
+LETTERS = """
+    const letters = (root, scale) => [...root.querySelectorAll('svg[role=img] text')].map(t => {
+      const written = [t, ...t.querySelectorAll('tspan')].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()));
+      return Math.max(...written.map(e => parseFloat(e.ownerDocument.defaultView.getComputedStyle(e).fontSize))) * scale(t);
+    });"""
+EVERY_FRAME = (
+    LETTERS
+    + """
     const done = arguments[0], bad = [];
+    const least = t => parseFloat(t.ownerSVGElement.style.getPropertyValue('--least')) / t.ownerSVGElement.viewBox.baseVal.width;
     (async () => {
       for (const root of document.querySelectorAll('.mz-explore')) for (const knob of root.querySelectorAll('input[type=range]'))
         for (let v = 0; v <= +knob.max; v++) {
@@ -451,9 +459,11 @@ EVERY_FRAME = """
           const stage = root.querySelector('.mz-frame'), img = stage.querySelector('img');
           if (img) await img.decode().catch(() => bad.push(`picture ${v} of ${knob.max}`));
           else if (!stage.textContent.trim() || stage.textContent == 'undefined') bad.push(`nothing at ${v} of ${knob.max}`);
+          if (Math.min(...letters(stage, least)) < 10.99) bad.push(`letters below 11 pixels at ${v} of ${knob.max}`);
         }
       done(bad);
     })();"""
+)
 PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 
@@ -522,21 +532,25 @@ def mathematics_is_typeset(browser):
     )
 
 
-WIDE = """
+WIDE = (
+    LETTERS
+    + """
     const [page, widths, done] = arguments, frame = document.createElement('iframe');
     frame.style = 'border: 0; height: 900px; visibility: hidden';  // laid out, not painted
     frame.width = widths[0];
     frame.onload = () => {
       const found = widths.map(w => {
         frame.width = w;
-        const shown = frame.contentDocument;
-        return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, shown.querySelector('main').offsetWidth];
+        const inside = frame.contentDocument, main = inside.querySelector('main');
+        const least = Math.min(99, ...letters(main, t => { const m = t.getScreenCTM(); return m ? Math.hypot(m.a, m.b) || 99 : 99; }));
+        return [inside.documentElement.scrollWidth, frame.contentWindow.innerWidth, main.offsetWidth, least];
       });
       frame.remove();
       done(found);
     };
     frame.src = page;
     document.body.append(frame);"""
+)
 
 
 @browser_only
@@ -546,8 +560,9 @@ def test_pages_fit_the_window(browser, address, chapter):
     if browser.current_url != address + FRAMES:
         browser.get(address + FRAMES)
     widths = (1280, 390)
-    for width, (wide, inner, main) in zip(widths, browser.execute_async_script(WIDE, f"{chapter}.html", widths)):
+    for width, (wide, inner, main, least) in zip(widths, browser.execute_async_script(WIDE, f"{chapter}.html", widths)):
         assert wide <= width and inner == width and main > width / 3
+        assert least > 10.99  # pixels of the smallest letter of figures that are not folded
 
 
 def search(browser, word):
@@ -619,7 +634,9 @@ def test_without_script_the_first_frame_stands_there(browser, address):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=True))
     browser.get(f"{address}/{EXPLORERS}.html")
     e = browser.find_element("css selector", ".mz-explore")
-    assert e.find_element("css selector", ".mz-frame").text or e.find_elements("css selector", ".mz-frame img")
+    assert e.find_element("css selector", ".mz-frame").text or e.find_elements(
+        "css selector", ".mz-frame :is(img, svg)"
+    )
     assert e.find_elements("css selector", "fieldset:disabled")
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=False))
 
