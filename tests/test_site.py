@@ -542,7 +542,7 @@ WIDE = (
       const found = widths.map(w => {
         frame.width = w;
         const inside = frame.contentDocument, main = inside.querySelector('main');
-        const least = Math.min(99, ...letters(main, t => { const m = t.getScreenCTM(); return m ? Math.hypot(m.a, m.b) || 99 : 99; }));
+        const least = Math.min(99, ...letters(main, t => { const m = t.getScreenCTM(); return t.getBoundingClientRect().width ? Math.hypot(m.a, m.b) : 99; }));
         return [inside.documentElement.scrollWidth, frame.contentWindow.innerWidth, main.offsetWidth, least];
       });
       frame.remove();
