@@ -84,22 +84,33 @@ def browser(chromium):
     assert [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")] == []
 
 
-OPEN = """
+LETTERS = """
+    const letters = (root, scale) => [...root.querySelectorAll('svg[role=img] text')].map(t => {
+      const written = [t, ...t.querySelectorAll('tspan')].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()));
+      return Math.max(...written.map(e => parseFloat(e.ownerDocument.defaultView.getComputedStyle(e).fontSize))) * scale(t);
+    });"""
+OPEN = (
+    LETTERS
+    + """
     const [page, widths, done] = arguments, frame = document.createElement('iframe');
     frame.style = 'border: 0; height: 900px; opacity: 0';
     frame.width = widths[0];
     frame.onload = () => done(widths.map(width => {
       frame.width = width;
-      const shown = frame.contentDocument;
-      return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, shown.querySelector('main').offsetWidth];
+      const shown = frame.contentDocument, main = shown.querySelector('main');
+      const scale = t => (m => t.getBoundingClientRect().width ? Math.hypot(m.a, m.b) : Infinity)(t.getScreenCTM());
+      const least = Math.min(99, ...letters(main, scale));
+      return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, main.offsetWidth, least];
     }));
     frame.src = page;
     document.body.replaceChildren(frame);"""
+)
 
 
 def open_in_a_frame(browser, address, page, widths):
     """A page of the site in a frame that is laid out and not painted: two thirds of the work of a window, and the same
-    layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then."""
+    layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then, and how many pixels
+    the smallest letter of its figures has."""
     if browser.current_url != address + FRAMES:
         browser.get(address + FRAMES)
     browser.switch_to.default_content()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import ROOT, browser_only, open_in_a_frame, site, wait
+from browsing import LETTERS, ROOT, browser_only, open_in_a_frame, site, wait
 from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
@@ -442,8 +442,11 @@ def test_course_pages_are_pages(built):
 # ---------------------------------------------------------------------------------- in a browser
 
 
-EVERY_FRAME = """
+EVERY_FRAME = (
+    LETTERS
+    + """
     const done = arguments[0], bad = [];
+    const least = t => parseFloat(t.ownerSVGElement.style.getPropertyValue('--least')) / t.ownerSVGElement.viewBox.baseVal.width;
     (async () => {
       for (const root of document.querySelectorAll('.mz-explore')) for (const knob of root.querySelectorAll('input[type=range]'))
         for (let v = 0; v <= +knob.max; v++) {
@@ -451,9 +454,11 @@ EVERY_FRAME = """
           const stage = root.querySelector('.mz-frame'), img = stage.querySelector('img');
           if (img) await img.decode().catch(() => bad.push(`picture ${v} of ${knob.max}`));
           else if (!stage.textContent.trim() || stage.textContent == 'undefined') bad.push(`nothing at ${v} of ${knob.max}`);
+          if (Math.min(...letters(stage, least)) < 10.99) bad.push(`letters below 11 pixels at ${v} of ${knob.max}`);
         }
       done(bad);
     })();"""
+)
 PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 
@@ -480,10 +485,11 @@ def test_pages_fit_the_window(browser, address, page):
 
 
 def fits_the_window(browser, address, page):
-    "A telephone's, and then a computer's."
+    "A telephone's, and then a computer's; letters of figures that are not folded have at least 11 pixels on either."
     widths = 390, 1280
-    for width, (wide, inner, main) in zip(widths, open_in_a_frame(browser, address, f"{page}.html", widths)):
+    for width, (wide, inner, main, least) in zip(widths, open_in_a_frame(browser, address, f"{page}.html", widths)):
         assert wide <= width and inner == width and main > width / 3
+        assert least > 10.99
 
 
 def explorers_turn(browser):
@@ -610,7 +616,9 @@ def test_without_script_the_first_frame_stands_there(browser, address):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=True))
     browser.get(f"{address}/{EXPLORERS}.html")
     e = browser.find_element("css selector", ".mz-explore")
-    assert e.find_element("css selector", ".mz-frame").text or e.find_elements("css selector", ".mz-frame img")
+    assert e.find_element("css selector", ".mz-frame").text or e.find_elements(
+        "css selector", ".mz-frame :is(img, svg)"
+    )
     assert e.find_elements("css selector", "fieldset:disabled")
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=False))
 

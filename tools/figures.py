@@ -70,7 +70,7 @@ def middle(element, shift):
 
 def shapes(element, drawn):
     "The polygons that an element fills. `drawn`: paths that others refer to, by id, each with its style."
-    if element.tag == "image":
+    if element.tag in ("image", "rect"):
         x, y, wide, high = (float(element.get(k, "0").removesuffix("px")) for k in ("x", "y", "width", "height"))
         flipped = re.search(rf"scale\(1 -1\) translate\(0 ({NUMBER})\)", element.get("transform", ""))
         y = -float(flipped[1]) - y - high if flipped else y
@@ -114,18 +114,21 @@ def coloured(root):
         element.set("style", ";".join(f"{k}:{v}" for k, v in told.items()))
 
     drawn = {e.get("id"): (corners(e.get("d")), style_of(e)) for e in root.iter("path") if e.get("id")}
-    grounds = []  # polygons, each with whether it keeps its colour, the last one on top
+    clips = {f"url(#{e.get('id')})": shapes(e[0], {})[0] for e in root.iter("clipPath")}
+    grounds = []  # polygons within others, each with how much of its colour one sees, which stays; the last one on top
 
-    def visit(element, shift, defined):
+    def visit(element, shift, defined, ink, clip):
         style = style_of(element)
+        ink, clip = style.get("fill", ink), clips.get(element.get("clip-path"), clip)
         moved = re.match(rf"translate\(({NUMBER})[ ,]+({NUMBER})\)", element.get("transform", ""))
         if element.tag == "g" and moved:
             shift = shift[0] + float(moved[1]), shift[1] + float(moved[2])
         if element.tag == "text":
             at = middle(element, shift)
-            kept = next((kept for polygon, kept in reversed(grounds) if is_inside(at, polygon)), False)
-            if kept:
-                element.set("fill", "#000000")  # where it does not say another
+            under = (g for g in reversed(grounds) if is_inside(at, g[0]) and (g[1] is None or is_inside(at, g[1])))
+            _, _, share = next(under, (None, None, 0))
+            if share >= 0.5 or share and ink == "#ffffff":  # white is meant for a colour, a faint one, too
+                element.set("fill", ink)
             else:
                 for part in element.iter():
                     recoloured(part, style_of(part), text=True)
@@ -133,15 +136,15 @@ def coloured(root):
         all_of_it = {**drawn.get(element.get("href", "")[1:], NOTHING)[1], **style}
         fill = all_of_it.get("fill", "#000000" if element.tag in ("path", "use") else "none")
         seen = float(all_of_it.get("fill-opacity", 1)) * float(all_of_it.get("opacity", 1))
-        if not defined and (element.tag == "image" or fill != "none" and seen >= 0.5):
-            kept = element.tag == "image" or is_colour(fill)
-            grounds.extend((polygon, kept) for polygon in shapes(element, drawn))
+        stays = element.tag == "image" or is_colour(fill)
+        if not defined and (stays or fill != "none" and seen >= 0.5):
+            grounds.extend((polygon, clip, seen * stays) for polygon in shapes(element, drawn))
         if style:
-            recoloured(element, style)
+            recoloured(element, style, text=element.tag == "g")
         for inner in element:
-            visit(inner, shift, defined or element.tag in ("defs", "clipPath"))
+            visit(inner, shift, defined or element.tag in ("defs", "clipPath"), ink, clip)
 
-    visit(root, (0.0, 0.0), False)
+    visit(root, (0.0, 0.0), False, "#000000", None)
     return mixed
 
 
