@@ -316,7 +316,11 @@ def test_all_methods_occur():
             for n in 200, 3000, 100_000:
                 bits = (levels - 1).bit_length()
                 found |= set(coders(encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)))
-    found |= set(coders(encode(torch.randn(1000)))) | set(coders(encode(torch.randn(20_000).double())))
+    found |= (
+        set(coders(encode(torch.randn(1000))))
+        | set(coders(encode(torch.randn(20_000))))
+        | set(coders(encode(torch.randn(20_000).double())))
+    )
     found |= set(coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000)))
     assert found == set(blocks.METHODS), found ^ set(blocks.METHODS)
 

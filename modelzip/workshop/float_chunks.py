@@ -100,8 +100,8 @@ def put_strays(data: bytes, symbols: np.ndarray) -> None:  # from `coded_strays`
         from `coded_strays`; changed
     """
     blocks = -(-len(symbols) >> 16)
-    counts = np.frombuffer(data[: 4 * blocks], "<u4")
-    n = int(counts.sum(dtype=np.int64)) if len(counts) == blocks else -1
+    counts = np.frombuffer(data, "<u4", blocks) if blocks and len(data) >= 4 * blocks else np.zeros(0, "u4")
+    n = int(counts.sum(dtype=np.int64))
     if len(data) != 4 * blocks + 3 * n:
         raise CodingError("the strays of a chunk of floats have a wrong size")
     at = np.frombuffer(data, "<u2", n, 4 * blocks) + np.repeat(np.arange(blocks) << 16, counts)

@@ -15,7 +15,19 @@ import numpy as np
 import torch
 
 from ..quant import bit_planes, check_bits, pack_bits, packed_bytes, unpack_bits
-from .blocks import FLOAT_PAIRS, FLOAT_PLANES, JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
+from modelzip.workshop.blocks import (
+    FLOAT_PAIRS,
+    FLOAT_PLANES,
+    JOINED,
+    METHODS,
+    PLANES,
+    RANS,
+    RAW,
+    SPARSE,
+    SPLIT,
+    VALUES,
+    ZSTD,
+)
 from .blocks import code_bytes, expand_bytes, pieces, smallest, take_pieces
 from .blocks import rans_compress, rans_expand
 from .coders import CodingError, read_varint, write_varint
