@@ -88,8 +88,9 @@ def best_window(
     counts = np.bincount(symbols[:: max(1, len(symbols) >> 12)], minlength=256)
     below = np.concatenate([[0], np.cumsum(counts)])
     inside = below[16:] - below[:-16]
-    first = int(inside.argmax())
-    return first, 1 - int(inside[first]) / max(1, int(below[-1]))
+    best = np.flatnonzero(inside == inside.max())
+    first = int(best[len(best) // 2])  # what the sample has missed may lie on either side
+    return first, int(below[-1] - inside[first]) / max(1, int(below[-1]))
 
 # %% ../nbs/04a_lossless.ipynb
 UPPER = np.uint64(0xF0F0F0F0F0F0F0F0)  # the upper four bits of each of eight bytes

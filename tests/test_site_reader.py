@@ -102,7 +102,7 @@ class Buffers(nn.Module):
             "float16": normal(300).half(),
             "bfloat16": normal(300).bfloat16(),
             **{
-                f"{n} times {w:.0%}": (normal(6400) * w).to(getattr(torch, n))
+                f"{n} times {w:.0%}": (normal(9600) * w).to(getattr(torch, n))
                 for n in ("bfloat16", "float32")
                 for w in (0.05, 9)
             },

@@ -299,13 +299,25 @@ def float_stream(data):
         if chunk[0] in (0, 1):
             out.append(block(chunk))
             continue
-        assert chunk[0] in (5, 8)
-        planes, within = [], 1 + (chunk[0] == 8)
-        for _ in range(width):
+        assert chunk[0] in (5, 8, 9)
+        planes, within, together = [], (1, 2, 3)[max(0, chunk[0] - 7)], chunk[0] == 9 and chunk[2]
+        for _ in range(width + (chunk[0] == 9) - together):
             n, within = number(chunk, within)
             planes.append(block(chunk[within : within + n]).astype(np.int64))
             within += n
         assert within == length
+        if chunk[0] == 9:
+            strays, pairs, b, *below = planes
+            blocks = -(-2 * len(pairs) >> 16)
+            a = chunk[1] + np.concatenate([pairs & 15, pairs >> 4])
+            counts, rest = strays[: 4 * blocks].astype("u1").view("<u4"), strays[4 * blocks :]
+            for i, where in enumerate(np.repeat(np.arange(blocks), counts)):
+                low, high = rest[2 * i : 2 * i + 2]
+                a[65536 * where + low + 256 * high] = rest[2 * counts.sum() + i]
+            if together:
+                below = [below[0][0::2], below[0][1::2]]
+            top = (b >> 7) << 15 | a << 7 | b & 127
+            planes = [*below, top & 255, top >> 8]
         if chunk[0] == 8:
             a, b, *below = planes
             if chunk[1]:
@@ -333,7 +345,7 @@ def test_archived_floats(tmp_path, dtype):
         theirs, methods = float_stream(payload[e["offset"] : e["offset"] + e["coded"]])
         found |= set(methods)
         assert theirs == bytes(read_tensor(path, name).view(torch.uint8).numpy()), name
-    assert (8 in found) == (dtype in ("bfloat16", "float16", "float32"))
+    assert found == {"float16": {8}, "bfloat16": {9}, "float32": {9}}.get(dtype, found - {8, 9})
 
 
 @pytest.mark.parametrize("states", [4, 8, 16, 32])

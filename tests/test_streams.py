@@ -1,6 +1,6 @@
 """encode and decode: exact for whatever goes in, near the entropy, and never surprised by what comes back."""
 
-import random, resource, zlib
+import random, resource, struct, zlib
 
 import numpy as np
 import pytest
@@ -201,9 +201,13 @@ def test_runs_go_below_the_entropy():
 
 def test_floats_lose_their_exponents():
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    for dtype, share in (torch.float32, 0.84), (torch.bfloat16, 0.672), (torch.float16, 0.855):
+    for dtype, share, how in (
+        (torch.float32, 0.84, "pairs"),
+        (torch.bfloat16, 0.672, "pairs"),
+        (torch.float16, 0.855, "planes"),
+    ):
         y = x.to(dtype)
-        assert set(coders(encode(y))) == {"float planes"} and len(encode(y)) < share * y.nbytes, dtype
+        assert set(coders(encode(y))) == {f"float {how}"} and len(encode(y)) < share * y.nbytes, dtype
     assert set(coders(encode(x.double()))) == {"byte planes"}
 
 
@@ -239,8 +243,9 @@ def test_floats_come_back_to_the_bit(dtype):
     cases += [weights[::2], weights.reshape(20, 100, 100)[:, 3:77]]
     for x in cases:
         assert decode(encode(x), x.nbytes).tobytes() == raw(x), (dtype, x.shape)
-    found = {1: "zstd", 2: "float planes", 4: "float planes", 8: "byte planes"}
-    assert {found[dtype.itemsize]} == set(coders(encode(weights)))
+    found = {1: "zstd", 2: "float pairs", 4: "float pairs", 8: "byte planes"}
+    how = "float planes" if dtype is torch.float16 else found[dtype.itemsize]
+    assert {how} == set(coders(encode(weights)))
 
 
 def test_floats_in_another_byte_order():
@@ -280,21 +285,28 @@ def test_floats_that_are_not_ordinary():
 
 
 def test_a_chunk_of_floats_is_taken_apart_by_hand():
-    "The words of the specification, on 64 weights, bit by bit."
+    "The words of the specification, one weight after the other; two of them are strays."
     from modelzip.workshop.float_chunks import code_floats
 
-    x = torch.linspace(0.01, 1.9, 64).mul(torch.tensor([1, -1]).repeat(32)).bfloat16()
+    n = 1 << 13
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[x.abs() < 0.01] = 0.3  # no strays but two
+    x[77], x[n - 5] = -1e30, 1e-30
+    words = x.view(torch.int16).numpy().view("u2").tolist()
+    chunk, _ = code_floats(np.frombuffer(raw(x), np.uint8), 2)
+    strays, pairs, rest = blocks.take_pieces(chunk, 3, 3)
+    assert chunk[0] == blocks.FLOAT_PAIRS and chunk[2] == 0 and rest[0] == strays[0] == blocks.RAW
+    pairs = blocks.expand_bytes(pairs, n // 2).tolist()
+    exponents = [chunk[1] + (p & 15) for p in pairs] + [chunk[1] + (p >> 4) for p in pairs]
+    assert strays[1:9] == struct.pack("<IHH", 2, 77, n - 5) and len(strays) == 11
+    exponents[77], exponents[n - 5] = strays[9:]
+    assert [(r >> 7) << 15 | a << 7 | r & 127 for a, r in zip(exponents, rest[1:])] == words
+    x = x[:64]  # few: one to a byte
     chunk, _ = code_floats(np.frombuffer(raw(x), np.uint8), 2)
     symbols, rest = blocks.take_pieces(chunk, 2, 2)
-    assert chunk[0] == blocks.FLOAT_PLANES and rest[0] == blocks.RAW
-    symbols, rest, words = blocks.expand_bytes(symbols, 64), rest[1:], x.view(torch.int16).numpy().view("u2").tolist()
-    if chunk[1]:
-        last = [sum((rest[8 * part + i] >> 7) << part for part in range(7)) for i in range(8)]
-        rest = [r & 127 for r in rest] + last
-        found = [(r >> 6) << 15 | int(s) << 6 | r & 63 for s, r in zip(symbols, rest)]
-    else:
-        found = [(r >> 7) << 15 | int(s) << 7 | r & 127 for s, r in zip(symbols, rest)]
-    assert found == words
+    assert chunk[:2] == bytes([blocks.FLOAT_PLANES, 0]) and rest[0] == blocks.RAW
+    symbols = blocks.expand_bytes(symbols, 64).tolist()
+    assert [(r >> 7) << 15 | a << 7 | r & 127 for a, r in zip(symbols, rest[1:])] == words[:64]
 
 
 def test_all_methods_occur():
@@ -304,7 +316,11 @@ def test_all_methods_occur():
             for n in 200, 3000, 100_000:
                 bits = (levels - 1).bit_length()
                 found |= set(coders(encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)))
-    found |= set(coders(encode(torch.randn(1000)))) | set(coders(encode(torch.randn(20_000).double())))
+    found |= (
+        set(coders(encode(torch.randn(1000))))
+        | set(coders(encode(torch.randn(20_000))))
+        | set(coders(encode(torch.randn(20_000).double())))
+    )
     found |= set(coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000)))
     assert found == set(blocks.METHODS), found ^ set(blocks.METHODS)
 
@@ -378,17 +394,18 @@ def test_nonsense_in_a_chunk_of_floats():
 
     rng, fine, refused = random.Random(0), 0, 0
     for dtype in torch.bfloat16, torch.float32:
-        x = torch.randn(1280, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
-        chunk, _ = code_floats(np.frombuffer(raw(x), np.uint8), dtype.itemsize)
-        room = bytes([blocks.FLOAT_PLANES, 1])
-        packed = planes_with_room(x) if chunk[1] == 0 else chunk[2:]
-        for start in chunk, room + packed:
-            for _ in range(300):
+        x = torch.randn(1 << 13, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
+        x[:3] = 1e30
+        starts = [(y, code_floats(np.frombuffer(raw(y), np.uint8), dtype.itemsize)[0]) for y in (x, x[:1280])]
+        starts.append((x[:1280], bytes([blocks.FLOAT_PLANES, 1]) + planes_with_room(x[3:1283])))
+        assert [start[0] for _, start in starts] == [blocks.FLOAT_PAIRS, blocks.FLOAT_PLANES, blocks.FLOAT_PLANES]
+        for y, start in starts:
+            for _ in range(200):
                 data = bytearray(start)
                 for _ in range(rng.choice([1, 1, 3])):
-                    at = rng.randrange(min(len(data), rng.choice([3, 12, 10**9])))
+                    at = rng.randrange(min(len(data), rng.choice([3, 12, 24, 10**9])))
                     data[at : at + rng.choice([0, 1, 1, 9])] = rng.randbytes(rng.choice([1, 1, 1, 0, 5]))
-                for size in x.nbytes, 128, 4 * 77, 0:
+                for size in y.nbytes, 128, 4 * 77, 0:
                     out = np.full(size + 8, 77, np.uint8)
                     try:
                         expand_floats(bytes(data), out[:size], dtype.itemsize)
@@ -400,13 +417,25 @@ def test_nonsense_in_a_chunk_of_floats():
 
 
 def planes_with_room(x):
-    "The pieces of a chunk in which a bit of the fraction has moved, whether that helps or not."
-    from modelzip.lossless import float_rest, float_symbols, low_byte, seven_for_eight
-
-    words = np.frombuffer(raw(x), f"u{x.itemsize}")
-    parts = [float_symbols(words, 1), seven_for_eight(float_rest(words, 1))]
-    parts += [low_byte(words, 8 * j) for j in range(x.itemsize - 2)]
+    "The pieces of a chunk as they once were: the symbols begin a bit later, and of the rest an eighth rides on others."
+    words = np.frombuffer(raw(x), f"u{x.itemsize}").astype("u8") >> 8 * (x.itemsize - 2)
+    rest = (words >> 9 & 64 | words & 63).astype("u1")
+    last = rest[len(rest) // 8 * 7 :]
+    packed = [r | (last >> j & 1) << 7 for j, r in enumerate(rest.reshape(8, -1)[:7])]
+    parts = [(words >> 6).astype("u1"), np.concatenate(packed)]
+    parts += [np.frombuffer(raw(x), "u1")[j :: x.itemsize] for j in range(x.itemsize - 2)]
     return blocks.pieces(*(b"\0" + p.tobytes() for p in parts))
+
+
+def test_floats_as_they_once_were():
+    from modelzip.workshop.float_chunks import expand_floats
+
+    for dtype in torch.bfloat16, torch.float32:
+        x = torch.rand(1280, generator=torch.Generator().manual_seed(0)).sub(0.5).to(dtype)
+        expand_floats(
+            bytes([blocks.FLOAT_PLANES, 1]) + planes_with_room(x), out := np.empty(x.nbytes, "u1"), x.itemsize
+        )
+        assert out.tobytes() == raw(x)
 
 
 def test_floats_in_threads():

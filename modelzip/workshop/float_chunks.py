@@ -100,8 +100,8 @@ def put_strays(data: bytes, symbols: np.ndarray) -> None:  # from `coded_strays`
         from `coded_strays`; changed
     """
     blocks = -(-len(symbols) >> 16)
-    counts = np.frombuffer(data[: 4 * blocks], "<u4")
-    n = int(counts.sum(dtype=np.int64)) if len(counts) == blocks else -1
+    counts = np.frombuffer(data, "<u4", blocks) if blocks and len(data) >= 4 * blocks else np.zeros(0, "u4")
+    n = int(counts.sum(dtype=np.int64))
     if len(data) != 4 * blocks + 3 * n:
         raise CodingError("the strays of a chunk of floats have a wrong size")
     at = np.frombuffer(data, "<u2", n, 4 * blocks) + np.repeat(np.arange(blocks) << 16, counts)
@@ -196,7 +196,7 @@ def expand_floats(
         uint8, where the elements go
     width : int
     """
-    pairs = chunk[0] == FLOAT_PAIRS
+    pairs = chunk[:1] == bytes([FLOAT_PAIRS])
     head, most = (chunk[: 2 + pairs], (240, int(width == 4)) if pairs else (1,))
     if width not in (2, 4) or len(head) < 2 + pairs or any(h > m for h, m in zip(head[1:], most)):
         raise CodingError("a chunk of floats has a wrong form")
@@ -218,9 +218,10 @@ def expand_pairs(chunk: bytes, words: np.ndarray, first: int, together: int) -> 
     rest = expand_bytes(rest, n)
     if not together:
         return join_floats(symbols, rest, [expand_bytes(p, n) for p in low], words)
-    half = expand_bytes(low[0], 2 * n).view("<u2")
-    join_floats(symbols, rest, [], upper := np.empty(n, "<u2"))
-    np.multiply(upper, np.uint32(1 << 16), out=words)
+    join_floats(symbols, rest, [], half := np.empty(n, "<u2"))
+    words[:] = half
+    words <<= np.uint32(16)
+    half.view(np.uint8)[:] = expand_bytes(low[0], 2 * n)  # where words may begin; in a file they lie anywhere
     words |= half
 
 # %% ../../nbs/workshop/float_chunks.ipynb
@@ -272,6 +273,7 @@ def looks_ordinary(
         bytes of an element
     """
     some = np.sort(data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)])
-    ends = np.flatnonzero(np.append(some[1:] != some[:-1], len(some) > 0)) + 1  # of each value
-    counts = np.diff(ends, prepend=0)
-    return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(counts) > len(some))
+    eighth = (len(some) - 1) // 8  # a value has as many others behind it if it is too frequent
+    if len(some) < 9 or np.any(some[eighth:] == some[:-eighth]):
+        return False
+    return width == 1 or 8 * (1 + np.count_nonzero(some[1:] != some[:-1])) > len(some)

@@ -24,7 +24,7 @@ from .filling import rebuild
 from .manifest import Part, Row, in_order
 from .streams import BYTES, expand_elements, planned, read_head
 from .walking import as_bytes
-from .writing import WAITING, check_machine
+from .writing import RESIDUE, WAITING, check_machine
 
 # %% ../../nbs/workshop/reading.ipynb
 def room(
@@ -171,9 +171,6 @@ def add_base(
     bits, levels, count, *_ = head
     add_difference(t, base_of(part, name).read(), bits, levels, count)
     check_based(t, part, name)
-
-# %% ../../nbs/workshop/reading.ipynb
-RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
 
 # %% ../../nbs/workshop/reading.ipynb
 def read_payload(

@@ -536,6 +536,11 @@ def holds_whole(x: Any) -> bool:
     return not isinstance(x, np.ndarray) or x.dtype.kind in "biu" or x.dtype.newbyteorder("<") != x.dtype
 
 
+def keep_memory() -> None:
+    "Let the C library keep what chunks free: it learns how much from the largest array that was freed."
+    np.empty(3 << 20, np.uint8)  # nobody touches it, so it costs nothing
+
+
 def stream_parts(
     x: Any,
     bits: int | None = None,
@@ -561,6 +566,7 @@ def stream_parts(
     list[bytes]
         header, chunks, CRC-32
     """
+    keep_memory()
     data, width = as_uint8(x)
     if bits is None:
         jobs = [
@@ -728,6 +734,7 @@ def decoding(
 
 def planned(data: bytes, head: tuple[Any, ...], out: np.ndarray) -> list[Callable[[], Any]]:
     "The jobs of a stream whose header has been read."
+    keep_memory()
     bits, kind, count, _, lengths, at = head
     jobs, view, first = [], memoryview(data), 0
     for n in lengths:

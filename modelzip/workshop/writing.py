@@ -114,6 +114,7 @@ def coded_pieces(
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
 # %% ../../nbs/workshop/writing.ipynb
+RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
 LARGE = 2**16  # bytes: what has as many begins at a multiple of `ALIGN` in a mapped file, and has a checksum of its own
 
 # %% ../../nbs/workshop/writing.ipynb
@@ -177,12 +178,14 @@ def write_piece(
     """
     piece.entry["offset"] = f.tell() - ALIGN
     own, n = Checksum(crc.pool), sum(map(len, data))
+    stream = isinstance(data[0], bytes)  # it ends with its checksum
     for d in data:
         for i in range(0, len(d), BLOCK):
             f.write(d[i : i + BLOCK])
-            own.add(d[i : i + BLOCK])
-    crc.append(own.finish(), n)
-    if isinstance(data[0], bytes):
+            if not stream:
+                own.add(d[i : i + BLOCK])
+    crc.append(RESIDUE if stream else own.finish(), n)
+    if stream:
         piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
     elif n >= LARGE and "coded" not in piece.entry:  # as it is where a stream was made elsewhere
         piece.entry["crc"], piece.version = own.finish(), 2

@@ -529,21 +529,43 @@ const mz = (() => {
   function elementsOf(chunk, size, w) {  // a chunk of elements of w bytes
     const method = chunk.byte();
     if (method === 7) return valuesOf(chunk, size / w, w);
-    if (method !== 5 && method !== 8) { chunk.at--; return bytesOf(chunk, size); }
+    if (method !== 5 && method !== 8 && method !== 9) { chunk.at--; return bytesOf(chunk, size); }
     demand(w > 1 && (method === 5 || w === 2 || w === 4), "such elements have no planes");
-    const out = new Uint8Array(size), n = size / w;
+    const out = new Uint8Array(size), n = size / w, plane = count => bytesOf(chunkOf(chunk.piece()), count);
+    const put = (i, top) => { out[i * w + w - 2] = top; out[i * w + w - 1] = top >> 8; };
+    const below = () => { for (let j = 0; j < w - 2; j++) { const own = plane(n); for (let i = 0; i < n; i++) out[i * w + j] = own[i]; } };
     if (method === 8) {
-      const free = chunk.byte(), part = n / 8, stored = free ? 7 * part : n, plane = count => bytesOf(chunkOf(chunk.piece()), count);
+      const free = chunk.byte(), part = n / 8, stored = free ? 7 * part : n;
       demand(free < 2 && !(free && n % 64), "planes of floats are described in an unknown form");
-      const a = plane(n), b = new Uint8Array(n), below = w === 4 ? [0, 1] : [];
+      const a = plane(n), b = new Uint8Array(n);
       b.set(plane(stored));
       if (free) for (let j = 0; j < 7; j++) for (let i = 0; i < part; i++) { b[7 * part + i] |= b[j * part + i] >> 7 << j; b[j * part + i] &= 127; }
-      for (let i = 0; i < n; i++) {
-        const top = free ? (b[i] & 64) << 9 | a[i] << 6 | b[i] & 63 : (b[i] & 128) << 8 | a[i] << 7 | b[i] & 127;
-        out[i * w + w - 2] = top;
-        out[i * w + w - 1] = top >> 8;
+      for (let i = 0; i < n; i++) put(i, free ? (b[i] & 64) << 9 | a[i] << 6 | b[i] & 63 : (b[i] & 128) << 8 | a[i] << 7 | b[i] & 127);
+      below();
+      chunk.end();
+      return out;
+    }
+    if (method === 9) {
+      const first = chunk.byte(), together = chunk.byte();
+      demand(first <= 240 && together <= (w === 4 ? 1 : 0) && n % 16 === 0, "pairs of floats are described in an unknown form");
+      const strays = chunkOf(chunk.piece());
+      demand(strays.byte() === 0, "the strays of a chunk are coded");
+      const pairs = plane(n / 2), a = new Uint8Array(n), half = n / 2;
+      for (let i = 0; i < half; i++) { a[i] = first + (pairs[i] & 15); a[half + i] = first + (pairs[i] >> 4); }
+      const number = count => strays.take(count).reduceRight((sum, b) => 256 * sum + b, 0), places = [];
+      const counts = Array.from({ length: Math.ceil(n / 65536) }, () => number(4));
+      demand(strays.left === 3 * counts.reduce((x, y) => x + y, 0), "the strays of a chunk have a wrong size");
+      counts.forEach((count, block) => { while (count--) places.push(65536 * block + number(2)); });
+      demand(places.every(at => at < n), "a stray lies behind the end of its chunk");
+      for (const at of places) a[at] = strays.byte();
+      const b = plane(n);
+      for (let i = 0; i < n; i++) put(i, (b[i] & 128) << 8 | a[i] << 7 | b[i] & 127);
+      if (!together) below();
+      else {
+        const low = chunkOf(chunk.piece());
+        demand(low.byte() === 0 && low.left === 2 * n, "the lower halves of floats have a wrong size");
+        for (let i = 0; i < n; i++) { out[4 * i] = low.byte(); out[4 * i + 1] = low.byte(); }
       }
-      for (const j of below) { const own = plane(n); for (let i = 0; i < n; i++) out[i * w + j] = own[i]; }
       chunk.end();
       return out;
     }
