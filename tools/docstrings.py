@@ -17,8 +17,12 @@ def with_parameters(
         tree = ast.parse(source)
     except SyntaxError:  # a magic
         return source
+    if not any(isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for n in tree.body):
+        return source
     said, lines = comments(source), source.splitlines()
     found = [(node.body[0], text) for node, text in documented(tree, said, known or {})]
+    if not found:
+        return source
     for doc, text in sorted(found, key=lambda pair: -pair[0].lineno):
         lines[doc.lineno - 1 : doc.end_lineno] = text
     new = "\n".join(lines)
@@ -178,8 +182,7 @@ def comments_beside(node, said):
 
 
 def without_docstrings(tree):
-    "A program as text, without what its docstrings say."
-    tree = ast.parse(ast.unparse(tree))
+    "A program as text, without what its docstrings say; the tree loses them."
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body[0] = ast.Pass()

@@ -108,10 +108,9 @@ def definitions(paths):
                 tree = ast.parse(source)
             except SyntaxError:  # a magic
                 continue
-            said = comments(source)
-            for n in tree.body:
-                if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and (made := takes(n)) is not None:
-                    found[n.name] = made, said
+            made = {n.name: takes(n) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+            said = comments(source) if any(made.values()) else {}
+            found |= {name: (node, said) for name, node in made.items() if node is not None}
     return found
 
 
