@@ -204,7 +204,7 @@ def test_the_readme_says_how_to_install_before_it_shows_code():
 def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
     text, extras = blocks()[i]
     # what it needs is asked here, not how much it learns or how long it talks
-    text = text.replace("epochs=4", "epochs=1").replace("tokens=40", "tokens=3")
+    text = text.replace("epochs=6", "epochs=1").replace("tokens=40", "tokens=3")
     python, _ = installed(extras)
     (tmp_path / "pasted.py").write_text(text, encoding="utf-8")
     done = subprocess.run([str(python), "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -101,3 +101,36 @@ def training_kept(train, folder):
         return model.eval()
 
     return kept
+
+
+def formulas(artist):
+    "The texts of a figure in which a formula may stand. (Numbers along axes are made when it is drawn.)"
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+
+    if isinstance(artist, Text):
+        yield artist.get_text()
+    for child in [artist.label] if isinstance(artist, Axis) else artist.get_children():
+        yield from formulas(child)
+
+
+@contextmanager
+def figures_undrawn():
+    """Figures are not drawn where nobody keeps what a cell shows, which takes a tenth of a second or two each; only
+    whether their formulas can be typeset is asked. The block's value is a list of what is wrong with them: IPython
+    shows an error in a figure as it shows a figure, and goes on."""
+    from IPython.core import pylabtools
+    from matplotlib.cbook import is_math_text
+    from matplotlib.mathtext import MathTextParser
+
+    wrong, parser = [], MathTextParser("path")
+
+    def read(fig, *args, **kwargs):
+        for text in filter(is_math_text, formulas(fig)):
+            try:
+                parser.parse(text)
+            except ValueError as e:
+                wrong.append(f"{text}: {e}")
+
+    with replaced(pylabtools, "retina_figure", read), replaced(pylabtools, "print_figure", read):
+        yield wrong

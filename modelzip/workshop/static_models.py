@@ -174,6 +174,7 @@ def product_error(
     step: tuple[float, int] | None,  # step and zero point of the input; None: a range for each row
     near: Tensor | None = None,  # the weight as rounded, without column scales; None: to nearest, 8 bits an output
     shift: Tensor | None = None,  # [outputs] what is added to the bias
+    exact: Tensor | None = None,  # [groups, rows, outputs] rows times weight, where that is known; None: computed
 ) -> float:  # 0: the same outputs
     """Relative error of a layer's output when weight and input are rounded to 8 bits: ‖ŷ − y‖ / ‖y‖.
 
@@ -193,16 +194,17 @@ def product_error(
         the weight as rounded, without column scales; None: to nearest, 8 bits an output
     shift : Tensor | None, default None
         [outputs] what is added to the bias
+    exact : Tensor | None, default None
+        [groups, rows, outputs] rows times weight, where that is known; None: computed
 
     Returns
     -------
     float
         0: the same outputs
     """
-    w = matrices_for(weight.float(), statistics)
+    y = rows @ matrices_for(weight.float(), statistics).mT if exact is None else exact
     near = quantize(weight.float(), 8, axis=0, columns=columns).dequantize() if near is None else near
     c = None if columns is None else each_input(columns, weight)
-    y = rows @ w.mT
     error = rounded_rows(rows, c, step) @ matrices_for(near, statistics).mT - y
     if shift is not None:
         error = error + shift.view(len(error), 1, -1)
