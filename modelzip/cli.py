@@ -823,7 +823,9 @@ DATA: dict[str, Callable[..., Any]] = {
         "--mapped", action="store_true", help="not entropy-coded: larger, but starts at once, and processes share it"
     ),
     argument(
-        "--base", metavar="FILE", help="an older .mz file: only what has changed since is written, and both are needed"
+        "--base",
+        metavar="FILE",
+        help="an older .mz file: what has changed since is written, if that is shorter, and both are needed",
     ),
     argument("--bytes", type=int, help="target: the file has at most so many"),
     argument(

@@ -23,7 +23,7 @@ from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
-from .workshop.updates import opened_table, update_of
+from .workshop.updates import opened_table, update_of, written
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
 from .workshop.writing import LARGE, check_machine, check_saving, coded_pieces, lowest_version, write_payload
 
@@ -72,7 +72,9 @@ def save(
     # what the model is called with: the file then also says what is done with it, and `load` needs no model
     example: Any = None,
     dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},  # its free dimensions, of all tensors or each
-    base: str | os.PathLike[str] | None = None,  # an older file: only what has changed is written, and both are needed
+    base: str
+    | os.PathLike[str]
+    | None = None,  # an older file: what has changed is written, if that is shorter, and both are needed
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
@@ -94,7 +96,7 @@ def save(
     dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
         its free dimensions, of all tensors or each
     base : str | os.PathLike[str] | None, default None
-        an older file: only what has changed is written, and both are needed
+        an older file: what has changed is written, if that is shorter, and both are needed
     **info : Any
         what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 
@@ -115,13 +117,8 @@ def save(
         if archive == "solid":
             seal_solid(f, solid_bytes(manifest, pieces))
         else:
-            write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
-            if old is not None and not old.is_worth_it(f.seek(0, os.SEEK_END)):
-                old.take_back(manifest)
-                old = None
-                f.seek(0)
-                f.truncate()
-                write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
+            write = lambda: write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
+            old = written(f, write, manifest, old)
         prove(f, model, old)
     return Path(os.fsdecode(path))
 

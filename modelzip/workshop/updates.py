@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/workshop/updates.ipynb
 import functools, hashlib, mmap, os, threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,7 +76,7 @@ class Base:
     content : str
     below : list[str]
         its own base, and so on
-    before : list[tuple[Piece, dict]], default field(default_factory=list)
+    before : list[tuple[Piece, dict[str, Any]]], default field(default_factory=list)
         what is written, and its entries without a base
     lock : Any, default field(default_factory=threading.Lock)
         the file stands at one place at a time
@@ -89,7 +89,9 @@ class Base:
     payload: Entry
     content: str
     below: list[str]  # its own base, and so on
-    before: list[tuple[Piece, dict]] = field(default_factory=list)  # what is written, and its entries without a base
+    before: list[tuple[Piece, dict[str, Any]]] = field(
+        default_factory=list
+    )  # what is written, and its entries without a base
     lock: Any = field(default_factory=threading.Lock)  # the file stands at one place at a time
 
     def source(
@@ -124,21 +126,7 @@ class Base:
                 out[name] = replace(row, parts=parts)
         return out
 
-    def is_worth_it(self, size: int) -> bool:  # bytes of the file that was written
-        """Whether an update spares enough for a file that cannot be read alone.
-
-        Parameters
-        ----------
-        size : int
-
-        Returns
-        -------
-        bool
-            bytes of the file that was written
-        """
-        return LEAST * sum(p.spared for p, _ in self.before) >= size
-
-    def take_back(self, manifest: dict) -> None:
+    def take_back(self, manifest: dict[str, Any]) -> None:
         "All is as it was before the base came, and may be written as a file of its own."
         manifest.pop("base", None)
         for piece, entry in self.before:
@@ -402,6 +390,39 @@ def update_of(
         manifest["base"] = {"name": name, "content": b.content}
         mark(manifest["tensors"], pieces, b)
         yield b
+
+
+def written(
+    f: BinaryIO,  # gets the file
+    write: Callable[[], None],  # writes it, as it stands in manifest and pieces
+    manifest: dict[str, Any],
+    base: Base | None,  # of `update_of`
+) -> Base | None:  # what is needed to read it
+    """Write an update; where it would spare next to nothing, the whole.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        gets the file
+    write : Callable[[], None]
+        writes it, as it stands in manifest and pieces
+    manifest : dict[str, Any]
+    base : Base | None
+        of `update_of`
+
+    Returns
+    -------
+    Base | None
+        what is needed to read it
+    """
+    write()
+    if base is None or LEAST * sum(p.spared for p, _ in base.before) >= f.seek(0, os.SEEK_END):
+        return base
+    base.take_back(manifest)
+    f.seek(0)
+    f.truncate()
+    write()
+    return None
 
 
 def mark(table: dict[str, Any], pieces: list[Piece], base: Base) -> None:
