@@ -72,9 +72,7 @@ def save(
     # what the model is called with: the file then also says what is done with it, and `load` needs no model
     example: Any = None,
     dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},  # its free dimensions, of all tensors or each
-    base: str
-    | os.PathLike[str]
-    | None = None,  # an older file: what has changed is written, if shorter; both are needed
+    base: str | os.PathLike[str] | None = None,  # an older file: if shorter, only changes are written; both are needed
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
@@ -96,7 +94,7 @@ def save(
     dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
         its free dimensions, of all tensors or each
     base : str | os.PathLike[str] | None, default None
-        an older file: what has changed is written, if shorter; both are needed
+        an older file: if shorter, only changes are written; both are needed
     **info : Any
         what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 
