@@ -27,11 +27,11 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --workers 4 tests
 
 fuzz: $(STAMP)  ## search for inputs that break a property: 25 times as many examples, new ones each time (SEED=… repeats a search)
 	@echo "seed $(SEED)"
-	MODELZIP_FUZZ=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m hypothesis --hypothesis-seed=$(SEED) tests
+	MODELZIP_FUZZ=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --workers 2 -m hypothesis --hypothesis-seed=$(SEED) tests
 
 lab: $(STAMP)  ## open JupyterLab on the chapters
 	cd nbs && ../$(BIN)/jupyter lab
