@@ -32,7 +32,8 @@ def pytest_collection(session):
             multiprocessing.get_context("fork").Process(target=built_once, args=(place,)).start()
 
 
-DEAR = ("test_wheel", "test_site", "test_site_reader", "test_graph", "test_right_pack")
+DEAR = ["wheel", "site", "graph", "site_reader", "right_pack", "teaching", "access", "threads"]
+DEAR = [f"test_{name}" for name in DEAR]
 
 
 def pytest_collection_modifyitems(items):
@@ -60,6 +61,13 @@ def seeded():
 def read_once():
     "What PyTorch reads anew for every ONNX file is read for the first."
     with once.translations_read_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def asked_once():
+    "What PyTorch asks itself anew for every model that it follows is asked for the first."
+    with once.operations_asked_once():
         yield
 
 
