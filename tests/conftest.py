@@ -1,7 +1,7 @@
 """Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
 new ones."""
 
-import gc, multiprocessing, os, sys
+import gc, os, sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,12 @@ def pytest_collection(session):
     "While one process imports and collects for all, which takes as long, another one makes the site."
     if session.config.option.workers:
         gc.disable()  # until all is imported
-        if any(Path(a).is_dir() for a in session.config.args):
-            place = session.config._tmp_path_factory.getbasetemp()
-            multiprocessing.get_context("fork").Process(target=built_once, args=(place,)).start()
+        place = session.config._tmp_path_factory.getbasetemp()
+        if any(Path(a).is_dir() for a in session.config.args) and not session.config.option.keyword and not os.fork():
+            try:
+                built_once(place)
+            finally:
+                os._exit(0)  # who needs the site says what was wrong
 
 
 DEAR = ["wheel", "site", "graph", "site_reader", "right_pack", "teaching", "access", "threads"]
