@@ -1,6 +1,6 @@
 """What a test in a browser needs: the site, built once; a server; Chromium with the network cut."""
 
-import fcntl, functools, http.server, json, os, shutil, threading
+import fcntl, functools, http.server, json, shutil, threading
 from pathlib import Path
 
 import book_site as site
@@ -21,15 +21,18 @@ browser_only = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    "The site, built once, whichever of several workers comes first."
-    folder = tmp_path_factory.getbasetemp()
-    docs = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "site" / "docs"
+def built_once(folder):
+    "The site, built by whichever of several processes comes first."
+    docs = folder / "site" / "docs"
     docs.parent.mkdir(exist_ok=True)
     with open(docs.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         return docs if docs.exists() else site.build(docs, ROOT / "nbs")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    return built_once(tmp_path_factory.getbasetemp())
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -67,6 +70,7 @@ def chromium(tmp_path_factory):
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("perfLoggingPrefs", {"enablePage": False})  # of what happens, what is asked for
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
@@ -78,10 +82,19 @@ def browser(chromium):
     for kind in ("browser", "performance"):
         chromium.get_log(kind)
     yield chromium
-    assert [e["message"] for e in chromium.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
-    asked = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
+    assert complaints(chromium) == [] and asked_elsewhere(chromium) == []
+
+
+def complaints(browser):
+    "What the console says since it was last asked."
+    return [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+def asked_elsewhere(browser):
+    "What was asked for that is not on the local server, since this was last looked at."
+    asked = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
-    assert [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")] == []
+    return [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")]
 
 
 LETTERS = """

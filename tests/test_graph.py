@@ -32,6 +32,7 @@ from modelzip.workshop.models import call, output_tensors
 from modelzip.workshop.reading import read_payload
 from modelzip.workshop.small_llama import SmallLlama, smollm2_blocks
 
+pytestmark = pytest.mark.usefixtures("asked_once")
 BOTH = {0: "batch", 1: "length"}
 
 

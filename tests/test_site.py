@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import LETTERS, ROOT, browser_only, open_in_a_frame, site, wait
+from browsing import LETTERS, ROOT, asked_elsewhere, browser_only, complaints, open_in_a_frame, site, wait
 from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
@@ -464,6 +464,16 @@ PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 MOVING = sorted({*EXPLORED, *MATH})
 STILL = [name for p in site.notebooks(ROOT / "nbs") if (name := Path(site.page_name(p)).stem) not in MOVING]
+
+
+@browser_only
+def test_who_asks_the_network_is_noticed(browser, address):
+    "In a frame, too, and where nobody waits for an answer: what all tests in a browser rely on."
+    elsewhere = "http://nowhere.example/x"
+    open_in_a_frame(browser, address, "promises.html", [390])
+    browser.switch_to.frame(0)
+    browser.execute_async_script("fetch(arguments[0]).catch(arguments[1])", elsewhere)
+    assert asked_elsewhere(browser) == [elsewhere] and "ERR_NAME_NOT_RESOLVED" in "".join(complaints(browser))
 
 
 @browser_only

@@ -18,15 +18,28 @@ def replaced(owner, name, new):
 
 
 @contextmanager
-def translations_read_once():
-    """PyTorch reads the source of some 500 translations of its operations anew for every ONNX file, and asks for all
-    of its operations some 120 times, half of the time that a small one takes: here once. Where these parts of PyTorch,
-    which are not public, look different, nothing is changed."""
+def operations_asked_once():
+    "PyTorch asks for all of its operations anew, some 120 times for an ONNX file, whenever it follows a model: here once."
     try:
         from torch._export import utils
+
+        asked = functools.cache(utils._materialize_cpp_cia_ops)
+    except (ImportError, AttributeError):
+        yield
+        return
+    with replaced(utils, "_materialize_cpp_cia_ops", asked):
+        yield
+
+
+@contextmanager
+def translations_read_once():
+    """PyTorch reads the source of some 500 translations of its operations anew for every ONNX file, which, with the
+    question above, is half of the time that a small one takes: here once. Where these parts of PyTorch, which are not
+    public, look different, nothing is changed."""
+    try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        read, asked = functools.cache(ONNXRegistry.from_torchlib), functools.cache(utils._materialize_cpp_cia_ops)
+        read = functools.cache(ONNXRegistry.from_torchlib)
     except (ImportError, AttributeError):
         yield
         return
@@ -36,10 +49,7 @@ def translations_read_once():
         found.functions = {name: [*ways] for name, ways in found.functions.items()}
         return found
 
-    with (
-        replaced(ONNXRegistry, "from_torchlib", staticmethod(copied)),
-        replaced(utils, "_materialize_cpp_cia_ops", asked),
-    ):
+    with replaced(ONNXRegistry, "from_torchlib", staticmethod(copied)), operations_asked_once():
         yield
 
 
