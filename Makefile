@@ -27,7 +27,7 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --workers 4 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist worksteal tests
 
 oldest:  ## in an environment of its own, the lowest versions that settings.ini names: what users meet first, files, graphs
 	python3 tools/ends.py oldest $(filter-out python3,$(PYTHON))
@@ -37,7 +37,7 @@ newest:  ## the same with the newest Python (PYTHON=python3.13) and PyTorch
 
 fuzz: $(STAMP)  ## search for inputs that break a property: 25 times as many examples, new ones each time (SEED=… repeats a search)
 	@echo "seed $(SEED)"
-	MODELZIP_FUZZ=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --workers 2 -m hypothesis --hypothesis-seed=$(SEED) tests
+	MODELZIP_FUZZ=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m hypothesis --hypothesis-seed=$(SEED) tests
 
 lab: $(STAMP)  ## open JupyterLab on the chapters
 	cd nbs && ../$(BIN)/jupyter lab

@@ -1,6 +1,6 @@
 """What a test in a browser needs: the site, built once; a server; Chromium with the network cut."""
 
-import fcntl, functools, http.server, json, shutil, threading
+import fcntl, functools, http.server, json, os, shutil, threading
 from pathlib import Path
 
 import book_site as site
@@ -21,18 +21,16 @@ browser_only = pytest.mark.skipif(
 )
 
 
-def built_once(folder):
-    "The site, built by whichever of several processes comes first."
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "The site, built once, whichever of several workers comes first."
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     docs = folder / "site" / "docs"
     docs.parent.mkdir(exist_ok=True)
     with open(docs.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         return docs if docs.exists() else site.build(docs, ROOT / "nbs")
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    return built_once(tmp_path_factory.getbasetemp())
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
 new ones."""
 
-import gc, os, sys
+import contextlib, gc, importlib, os, sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,9 @@ from hypothesis.internal.conjecture import providers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what tools and tests share
 import once
-from browsing import address, browser, built, built_once, chromium  # noqa: F401, fixtures
-from workers import pytest_addoption, pytest_runtestloop  # noqa: F401, hooks
+from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 
-# PyTorch is imported by the tests, not here: what makes the site begins before
+# PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
@@ -23,15 +22,17 @@ if not os.environ.get("MODELZIP_FUZZ"):  # Hypothesis would try the numbers that
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session):
-    "While one process imports and collects for all, which takes as long, another one makes the site."
-    if session.config.option.workers:
-        gc.disable()  # until all is imported
-        place = session.config._tmp_path_factory.getbasetemp()
-        if any(Path(a).is_dir() for a in session.config.args) and not session.config.option.keyword and not os.fork():
-            try:
-                built_once(place)
-            finally:
-                os._exit(0)  # who needs the site says what was wrong
+    """Of several workers each begins with other test files, and finds the rest compiled, with asserts rewritten, by the
+    others; else each would do all of it. The order of the tests is everywhere the same."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker or sys.dont_write_bytecode or not any(Path(a).is_dir() for a in session.config.args):
+        return
+    gc.disable()  # until all is imported
+    names = sorted(p.stem for p in Path(__file__).parent.glob("test_*.py"))
+    first = int(worker[2:]) * len(names) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for name in names[first:] + names[:first]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # it is imported again, and says so then
+            importlib.import_module(name)
 
 
 DEAR = ["wheel", "site", "graph", "site_reader", "right_pack", "teaching", "access", "threads"]
@@ -39,7 +40,7 @@ DEAR = [f"test_{name}" for name in DEAR]
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest begins first: else a processor waits for it at the end, or another process takes half of its
+    """What takes longest begins first: else a processor waits for it at the end, or another worker takes half of its
     tests and makes once more what they share."""
     items.sort(key=lambda item: DEAR.index(item.path.stem) if item.path.stem in DEAR else len(DEAR))
 

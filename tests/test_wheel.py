@@ -2,7 +2,7 @@
 
 import fcntl, functools
 import importlib.metadata as metadata
-import json, re, shutil, subprocess, sys, zipfile
+import json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -89,7 +89,8 @@ def install(wheel, place, extras=()):
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     "A folder that is made by whichever of several workers comes first."
-    place = tmp_path_factory.getbasetemp() / "wheel"
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
     place.mkdir(exist_ok=True)
 
     def made(name, make):
