@@ -1,10 +1,11 @@
 "The guards notice what they are there for."
 
-import copy
+import contextlib, copy
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from fastcore.test import test_eq as check_equal
 from IPython.core import pylabtools
 from torch import nn
 
@@ -125,3 +126,15 @@ def test_a_comparison_that_nobody_keeps_has_six_rounds(monkeypatch):
     with once.few_rounds():
         assert [measure.compare(0, 1), measure.compare(0, 1, repeats=2), measure.compare(0, 1, 9)] == [6, 2, 6]
     assert measure.compare(0, 1) == 20
+
+
+def test_what_is_compared_whole_is_compared_as_before():
+    same = [(b"ab", b"ab"), ([1, "a", True], [1, "a", 1]), ([[1], b"a"], [[1], b"a"]), (bytearray(2), bytearray(2))]
+    other = [(b"ab", b"ac"), (b"a", b"ab"), ([1, 2], [1]), ([1, 2], [1, 3]), ([float("nan")] * 2, [float("nan")] * 2)]
+    for whole in contextlib.nullcontext, once.compared_whole:
+        with whole():
+            for a, b in same:
+                check_equal(a, b)
+            for a, b in other:
+                with pytest.raises(AssertionError):
+                    check_equal(a, b)

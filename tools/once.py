@@ -153,3 +153,22 @@ def few_rounds():
 
     with replaced(measure, "compare", fewer):
         yield
+
+
+@contextmanager
+def compared_whole():
+    """fastcore's `test_eq` compares bytes and lists an element at a time, 5 µs each; here plain ones are compared as a
+    whole, with the same result."""
+    from fastcore import imports, test
+
+    equals, plain = imports.equals, {int, str, bool}
+
+    def quick(a, b):
+        if type(a) is type(b) and type(a) in (bytes, bytearray):
+            return a == b
+        if type(a) is type(b) is list and {*map(type, a), *map(type, b)} <= plain:
+            return a == b
+        return equals(a, b)
+
+    with replaced(imports, "equals", quick), replaced(test, "equals", quick):
+        yield
