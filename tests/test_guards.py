@@ -1,13 +1,17 @@
 "The guards notice what they are there for."
 
-import copy
+import contextlib, copy
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from fastcore.test import test_eq as check_equal
+from IPython.core import pylabtools
 from torch import nn
 
 from conftest import once
 from guards import codes_alone, unchanged
+from modelzip import measure
 from modelzip.data import LeNet300, Split, train
 
 
@@ -103,3 +107,34 @@ def test_what_was_trained_once_comes_back_to_the_bit_and_nothing_else_does(tmp_p
     for i, (model, data, options) in enumerate(others):
         kept(model, data, **options)
         assert len(calls) == i + 2
+
+
+def test_formulas_of_figures_that_nobody_draws_are_read():
+    "What `tools/book.py test` does with figures: IPython shows an error in one, and goes on."
+    fig, ax = plt.subplots()
+    ax.set(title="$x^2$ and $5", xlabel=r"a step $\alpha$", ylabel="$x^$")
+    ax.plot([1], label=r"$\nothing$")
+    ax.legend()
+    with once.figures_undrawn() as wrong:
+        assert pylabtools.retina_figure(fig, base64=True) is None and pylabtools.print_figure(fig, "svg") is None
+    plt.close(fig)
+    assert len(wrong) == 4 and {said.partition(":")[0] for said in wrong} == {"$x^$", r"$\nothing$"}
+
+
+def test_a_comparison_that_nobody_keeps_has_six_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "compare", lambda models, data, repeats=20: repeats)
+    with once.few_rounds():
+        assert [measure.compare(0, 1), measure.compare(0, 1, repeats=2), measure.compare(0, 1, 9)] == [6, 2, 6]
+    assert measure.compare(0, 1) == 20
+
+
+def test_what_is_compared_whole_is_compared_as_before():
+    same = [(b"ab", b"ab"), ([1, "a", True], [1, "a", 1]), ([[1], b"a"], [[1], b"a"]), (bytearray(2), bytearray(2))]
+    other = [(b"ab", b"ac"), (b"a", b"ab"), ([1, 2], [1]), ([1, 2], [1, 3]), ([float("nan")] * 2, [float("nan")] * 2)]
+    for whole in contextlib.nullcontext, once.compared_whole:
+        with whole():
+            for a, b in same:
+                check_equal(a, b)
+            for a, b in other:
+                with pytest.raises(AssertionError):
+                    check_equal(a, b)

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 import translations
-from once import figures_undrawn, replaced, training_kept, translations_read_once
+from once import compared_whole, few_rounds, figures_undrawn, replaced, training_kept, translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
@@ -207,9 +207,12 @@ def one(path, folder):
         code = path.read_text(encoding="utf-8")
         if "to_onnx(" in code:
             once.enter_context(translations_read_once())
+        if "compare(" in code and "default_exp measure" not in code:
+            once.enter_context(few_rounds())
         if "train(" in code and re.search(r"from modelzip\.data import", code) and "default_exp data" not in code:
             data = importlib.import_module("modelzip.data")
             once.enter_context(replaced(data, "train", training_kept(data.train, folder)))
+        once.enter_context(compared_whole())
         wrong = once.enter_context(figures_undrawn())
         passed, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
     for said in wrong:

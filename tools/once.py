@@ -144,3 +144,41 @@ def figures_undrawn():
 
     with replaced(pylabtools, "retina_figure", read), replaced(pylabtools, "print_figure", read):
         yield wrong
+
+
+@contextmanager
+def few_rounds():
+    """`modelzip.measure.compare` times models in six rounds, the fewest of which an interval can promise 95 %, where
+    nobody keeps what a cell shows; no notebook asserts a time of it."""
+    from modelzip import measure
+
+    compare = measure.compare
+
+    @functools.wraps(compare)
+    def fewer(*args, **kwargs):
+        bound = inspect.signature(compare).bind(*args, **kwargs)
+        bound.apply_defaults()
+        bound.arguments["repeats"] = min(bound.arguments["repeats"], 6)
+        return compare(*bound.args, **bound.kwargs)
+
+    with replaced(measure, "compare", fewer):
+        yield
+
+
+@contextmanager
+def compared_whole():
+    """fastcore's `test_eq` compares bytes and lists an element at a time, 5 µs each; here plain ones are compared as a
+    whole, with the same result."""
+    from fastcore import imports, test
+
+    equals, plain = imports.equals, {int, str, bool}
+
+    def quick(a, b):
+        if type(a) is type(b) and type(a) in (bytes, bytearray):
+            return a == b
+        if type(a) is type(b) is list and {*map(type, a), *map(type, b)} <= plain:
+            return a == b
+        return equals(a, b)
+
+    with replaced(imports, "equals", quick), replaced(test, "equals", quick):
+        yield

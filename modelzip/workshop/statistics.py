@@ -171,14 +171,15 @@ def one_of_each(
 @patch
 def keep_some(self: LayerStatistics, values: Tensor, seen: int) -> None:
     "Extend the sample by one value of each `stride` in a row, counted from the first that was ever seen."
-    last = seen + len(values)
-    at = one_of_each(torch.arange(seen // self.stride, -(-last // self.stride), device="cpu"), self.stride)
-    new = values[(at[(at >= seen) & (at < last)] - seen).to(values.device)]
-    self.sample = new if self.sample is None else torch.cat([self.sample, new])
-    while len(self.sample) > SAMPLE:
-        runs = torch.arange(-(-len(self.sample) // 7), device="cpu")
+    last, old = seen + len(values), values[:0] if self.sample is None else self.sample
+    among = lambda first: one_of_each(torch.arange(first, -(-last // self.stride), device="cpu"), self.stride)
+    while last // self.stride + int((among(last // self.stride) < last).sum()) > SAMPLE:
+        runs = torch.arange(-(-len(old) // 7), device="cpu")
         at, self.stride = 7 * runs + drawn(runs, 7, 7 * self.stride), 7 * self.stride
-        self.sample = self.sample[at[at < len(self.sample)].to(self.sample.device)]
+        old = old[at[at < len(old)].to(old.device)]
+    at = among(seen // self.stride)
+    new = values[(at[(at >= seen) & (at < last)] - seen).to(values.device)]
+    self.sample = torch.cat([old, new])
 
 # %% ../../nbs/workshop/statistics.ipynb
 @patch(as_prop=True)
