@@ -135,7 +135,7 @@ class Marks:
 RULES: dict[str, Callable[..., Any]] = {}  # name → rule(trace, f, output, *args, **kwargs) → marks; None: unknown
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(*names: str) -> Callable[..., Any]:
     "Register what an operation does with the channels."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
@@ -156,13 +156,13 @@ class Trace(Record):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        ties: Ties
+        ties: 'Ties'
 
-        def marks(self, t: Tensor) -> Marks:
+        def marks(self, t: Tensor) -> 'Marks':
             "What a tensor carries."
             ...
 
-        def ruled(self, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> list[Marks]:
+        def ruled(self, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> 'list[Marks]':
             "What the rule of an operation says; without one, everything that goes in must stay as it is."
             ...
 

@@ -54,7 +54,7 @@ from .pack import Contents, as_text, diff, identity, inspect, items, load, opene
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
-from .workshop.arguments import misspelt, options_of
+from .workshop.arguments import Function, misspelt, options_of
 from .workshop.doctor import doctor
 from .workshop.floats import dtype_name
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
@@ -570,8 +570,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {}
 def command(
     help: str,  # one line
     example: str,  # as typed
-    *arguments: tuple[list[Any], dict[str, Any]],  # of `argument`
-) -> Callable:  # decorator
+    *arguments: tuple[tuple[str, ...], dict[str, Any]],  # of `argument`
+) -> Callable[[Function], Function]:  # decorator
     """Add a command of the same name as the function.
 
     Parameters
@@ -580,12 +580,12 @@ def command(
         one line
     example : str
         as typed
-    *arguments : tuple[list[Any], dict[str, Any]]
+    *arguments : tuple[tuple[str, ...], dict[str, Any]]
         of `argument`
 
     Returns
     -------
-    Callable
+    Callable[[Function], Function]
         decorator
     """
 

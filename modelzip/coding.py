@@ -136,7 +136,7 @@ class AdaptiveEncoder:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        bets: Bets
+        bets: 'Bets'
         out: bytearray
         low: int
         width: int
@@ -194,7 +194,7 @@ class AdaptiveDecoder:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        bets: Bets
+        bets: 'Bets'
         data: bytes
         at: int
         width: int

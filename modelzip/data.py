@@ -199,7 +199,7 @@ def accuracy(
 
 # %% ../nbs/00_data.ipynb
 def one_epoch(
-    model: nn.Module, data: Split, batch_size: int, loss: Callable[..., Tensor], step: Any, schedule: Any, bar: tqdm
+    model: nn.Module, data: Split, batch_size: int, loss: Callable[..., Tensor], step: Any, schedule: Any, bar: Any
 ) -> float:
     "One pass over the data in a new order: the mean loss."
     device, total = device_of(model), 0.0

@@ -226,7 +226,7 @@ class Lesson(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         student: nn.Module
-        loss: Loss
+        loss: 'Loss'
 
 # %% ../nbs/09_distill.ipynb
 def distill(

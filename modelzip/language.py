@@ -202,9 +202,9 @@ class LlamaBlock(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         attention_norm: nn.RMSNorm
-        attention: GroupedAttention
+        attention: 'GroupedAttention'
         norm: nn.RMSNorm
-        feed: GatedDense
+        feed: 'GatedDense'
 
 # %% ../nbs/13c_language.ipynb
 class Llama(nn.Module):

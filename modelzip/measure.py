@@ -11,7 +11,7 @@ __all__ = ['file_bytes', 'count_parameters', 'tensor_bytes', 'macs', 'latency', 
 #| code-fold: true
 #| code-summary: "Imports of the module"
 import contextlib, functools, itertools, math, operator, os, statistics, tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def median_interval(
 
 # %% ../nbs/01_measure.ipynb
 def latency(
-    candidates: dict[str, Callable[[], Any]],  # name → function without arguments; the first is the baseline
+    candidates: Mapping[str, Callable[[], Any]],  # name → function without arguments; the first is the baseline
     repeats: int = 30,  # rounds, 2 or more; each times every candidate once
     warmup: int = 3,  # calls of each before the clock starts
     at_least: float = 0.002,  # seconds that a sample should last; quick functions are called several times
@@ -162,7 +162,7 @@ def latency(
 
     Parameters
     ----------
-    candidates : dict[str, Callable[[], Any]]
+    candidates : Mapping[str, Callable[[], Any]]
         name → function without arguments; the first is the baseline
     repeats : int, default 30
         rounds, 2 or more; each times every candidate once
@@ -339,7 +339,7 @@ def _measured(name, path, right, first, parameters, times) -> Measurement:
 
 # %% ../nbs/01_measure.ipynb
 def compare(
-    models: dict[str, nn.Module | str | os.PathLike[str]],  # name → model, or a file that `load` reads
+    models: Mapping[str, nn.Module | str | os.PathLike[str]],  # name → model, or a file that `load` reads
     data: Any,  # what `right` is asked about: usually a `Split`
     example: Tensor | None = None,  # inputs [n, …] for the timing; None: those of `data`
     *,
@@ -358,7 +358,7 @@ def compare(
 
     Parameters
     ----------
-    models : dict[str, nn.Module | str | os.PathLike[str]]
+    models : Mapping[str, nn.Module | str | os.PathLike[str]]
         name → model, or a file that `load` reads
     data : Any
         what `right` is asked about: usually a `Split`

@@ -271,12 +271,12 @@ class QTensor(Shown, Sized, CompressedTensor, kind="quantized"):
             ...
 
         @classmethod
-        def of_checked(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
+        def of_checked(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> 'QTensor':
             "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
             ...
 
         @classmethod
-        def from_parts(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> 'QTensor':
             """Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no
             scales raise `ValueError` (nothing is trusted)."""
             ...

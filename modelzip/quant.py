@@ -77,7 +77,7 @@ class Dequantize(Wrapper):
     """
 
     kinds: dict[str, type] = {}
-    operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
+    operation: Callable[..., Any] = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

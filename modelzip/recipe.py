@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -493,7 +494,7 @@ class Judge:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        samples: Samples
+        samples: 'Samples'
         evaluate: Callable[[nn.Module], float] | None
 
 
@@ -560,6 +561,42 @@ class Recipe:
         ]
         return "\n".join([f"Recipe, seed {self.seed}:", *lines])
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def to_dict(self) -> dict[str, Any]:
+            "What JSON and a file's manifest hold; steps without arguments are their name alone."
+            ...
+
+        def to_json(self) -> str:
+            "One line of JSON, which `Recipe.from_json` reads."
+            ...
+
+        @classmethod
+        def from_dict(cls, content: dict[str, Any]) -> 'Recipe':
+            "Back from a dict; `ValueError` for what is no recipe."
+            ...
+
+        @classmethod
+        def from_json(cls, text: str) -> 'Recipe':
+            "Back from JSON; `ValueError` for what is no recipe."
+            ...
+
+        @classmethod
+        def from_file(cls, path: str | os.PathLike[str]) -> 'Recipe':
+            "The recipe that a file was made by. `ValueError` when it has none."
+            ...
+
+        def __call__(
+            self,
+            model: nn.Module,
+            data: Any = None,
+            example: Any = None,
+            progress: bool = False,
+        ) -> nn.Module:
+            """Follow the recipe. `ValueError` for a step that needs data which are not there, and for a model that
+            cannot be copied (`check_ordinary`); errors of a step say which it was."""
+            ...
+
 
 def _checked_step(i, step):
     "(name, arguments), or an error that says what is wrong with step i."
@@ -597,51 +634,67 @@ def _numbers(x):
     return int(x) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else x
 
 # %% ../nbs/workshop/recipe.ipynb
-def _to_dict(self) -> dict[str, Any]:
+@patch
+def to_dict(self: Recipe) -> dict[str, Any]:
     "What JSON and a file's manifest hold; steps without arguments are their name alone."
     return {"seed": self.seed, "steps": [[n, how] if how else n for n, how in self.steps]}
 
 
-def _to_json(self) -> str:
+@patch
+def to_json(self: Recipe) -> str:
     "One line of JSON, which `Recipe.from_json` reads."
     return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
-def _from_dict(
+@patch(cls_method=True)
+def from_dict(
+    cls: Recipe,
     content: dict[str, Any],  # what `to_dict` gave
 ) -> Recipe:
-    "Back from a dict; `ValueError` for what is no recipe."
+    """Back from a dict; `ValueError` for what is no recipe.
+
+    Parameters
+    ----------
+    content : dict[str, Any]
+        what `to_dict` gave
+    """
     if not isinstance(content, Mapping) or set(content) != {"seed", "steps"}:
         raise ValueError(f"this is no recipe: it must have seed and steps, not {content!r:.80}")
     return Recipe(content["steps"], content["seed"])
 
 
-def _from_json(text: str) -> Recipe:
+@patch(cls_method=True)
+def from_json(cls: Recipe, text: str) -> Recipe:
     "Back from JSON; `ValueError` for what is no recipe."
     try:
-        return _from_dict(json.loads(text))
+        return cls.from_dict(json.loads(text))
     except json.JSONDecodeError as e:
         raise ValueError(f"this is no JSON: {e}") from None
 
 
-def _from_file(
+@patch(cls_method=True)
+def from_file(
+    cls: Recipe,
     path: str | os.PathLike[str],  # a `.mz` file
 ) -> Recipe:
-    "The recipe that a file was made by. `ValueError` when it has none."
+    """The recipe that a file was made by. `ValueError` when it has none.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a `.mz` file
+    """
     info = _contents(path, entropy=False).info
     if "recipe" not in info:
         raise ValueError(
             f"{os.fsdecode(path)} holds no recipe; save(model, path, recipe=recipe.to_dict()) puts it there"
         )
-    return _from_dict(info["recipe"])
-
-
-Recipe.to_dict, Recipe.to_json = _to_dict, _to_json
-Recipe.from_dict, Recipe.from_json, Recipe.from_file = map(staticmethod, (_from_dict, _from_json, _from_file))
+    return cls.from_dict(info["recipe"])
 
 # %% ../nbs/workshop/recipe.ipynb
-def _follow(
-    self,
+@patch
+def __call__(
+    self: Recipe,
     model: nn.Module,  # it is left as it is
     data: Any = None,  # see `samples_of`
     example: Any = None,  # an input, for steps that need one; None: the first of the data
@@ -732,9 +785,6 @@ def _located(e, where):
         return e
     new.__cause__ = e
     return new
-
-
-Recipe.__call__ = _follow
 
 # %% ../nbs/workshop/recipe.ipynb
 _settle = ("learn", {"epochs": 3})

@@ -187,7 +187,7 @@ class MSE(MinMax):
         smallest: float
 
 # %% ../nbs/03_rounding.ipynb
-OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE}  # the workshop adds "entropy"
+OBSERVERS: dict[str, type] = {"minmax": MinMax, "percentile": Percentile, "mse": MSE}  # the workshop adds "entropy"
 
 # %% ../nbs/03_rounding.ipynb
 def kmeans(

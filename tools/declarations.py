@@ -29,10 +29,17 @@ def declarations(sources):
     found = {}
     for name, c in classes.items():
         if kinds := attributes(c, classes):
-            found[name] = ["", *(f"        {a}: {kind}" for a, kind in kinds.items()), ""]
+            found[name] = [
+                "",
+                *(
+                    f"        {a}: {ast.unparse(quoted(ast.parse(kind, mode='eval').body, classes))}"
+                    for a, kind in kinds.items()
+                ),
+                "",
+            ]
     for n in (n for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)):
         if (mark := patched(n)) is not None and (name := ast.unparse(n.args.args[0].annotation)) in classes:
-            found.setdefault(name, [""]).extend(declaration(n, mark))
+            found.setdefault(name, [""]).extend(declaration(n, mark, classes))
     return found
 
 
@@ -52,12 +59,16 @@ def patched(node):
     return None
 
 
-def declaration(node, mark):
-    "A method without its body, with the first paragraph of what it says of itself."
+def declaration(node, mark, classes):
+    "A method without its body, with the first paragraph of what it says of itself; classes of its notebook are quoted."
     f = copy.deepcopy(node)
     f.decorator_list, f.args.args[0].annotation = [], None
     f.args.args[0].arg = "cls" if mark == "@classmethod" else "self"
-    given, returns = arguments(f.args), f" -> {ast.unparse(f.returns)}" if f.returns else ""
+    a = f.args
+    for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
+        if p is not None and p.annotation is not None:
+            p.annotation = quoted(p.annotation, classes)
+    given, returns = arguments(a), f" -> {ast.unparse(quoted(f.returns, classes))}" if f.returns else ""
     head = f"def {f.name}({', '.join(given)}){returns}:"
     if len(head) > WIDTH - 8:
         head = f"def {f.name}(\n    " + "\n    ".join(a + "," for a in given) + f"\n){returns}:"
@@ -69,15 +80,21 @@ def declaration(node, mark):
     return [(" " * 8 + line).rstrip() for line in lines]
 
 
+def quoted(kind, classes):
+    "An annotation that may name a class before it is there."
+    known = any(isinstance(n, ast.Name) and n.id in classes for n in ast.walk(kind))
+    return ast.Constant(in_text(kind)) if known else kind
+
+
 def arguments(args):
     "Each argument as text, with stars, annotation and default."
     text = ast.unparse(args)
-    cuts, depth, quoted = [-1], 0, None
+    cuts, depth, within = [-1], 0, None
     for i, c in enumerate(text):
-        if quoted:
-            quoted = None if c == quoted else quoted
+        if within:
+            within = None if c == within else within
         elif c in "\"'":
-            quoted = c
+            within = c
         else:
             depth += (c in "([{") - (c in ")]}")
             if c == "," and not depth:

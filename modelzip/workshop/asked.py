@@ -72,10 +72,13 @@ def either(
     return f"{a[0]}; or {b[0]}", lambda v, n: a[1](v, n) or b[1](v, n)
 
 # %% ../../nbs/workshop/asked.ipynb
-NUMBER = "a number", lambda v, n: is_number(v)
-STEP = "a number from 2⁻¹⁰⁰ to 2¹²⁷", lambda v, n: is_number(v) and 2.0**-100 <= v <= 2.0**127
-SWITCH = "True or False", lambda v, n: type(v) is bool or is_whole(v, 0, 1)
-SIZES = (
+NUMBER: tuple[str, Callable[[Any, int], bool]] = "a number", lambda v, n: is_number(v)
+STEP: tuple[str, Callable[[Any, int], bool]] = (
+    "a number from 2⁻¹⁰⁰ to 2¹²⁷",
+    lambda v, n: is_number(v) and 2.0**-100 <= v <= 2.0**127,
+)
+SWITCH: tuple[str, Callable[[Any, int], bool]] = "True or False", lambda v, n: type(v) is bool or is_whole(v, 0, 1)
+SIZES: tuple[str, Callable[[Any, int], bool]] = (
     "a whole number from 0, or a list of at most 8",
     lambda v, n: is_whole(v, 0) or isinstance(v, (list, tuple)) and len(v) <= 8 and all(is_whole(x, 0) for x in v),
 )

@@ -413,7 +413,7 @@ class Flat(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         model: nn.Module
-        layout: Layout
+        layout: 'Layout'
 
 # %% ../../nbs/workshop/calls.ipynb
 class Quiet:

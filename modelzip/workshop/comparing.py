@@ -7,7 +7,7 @@ __all__ = ['save_plain', 'load_plain', 'batch_of', 'file_name', 'check_models', 
 
 # %% ../../nbs/workshop/comparing.ipynb
 import os, re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def file_name(i: int, name: str, suffix: str) -> str:
     return f"{i:02}-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')[:60] or 'model'}{suffix}"
 
 
-def check_models(models: dict[str, Any], batches: tuple[int, ...], baseline: str | None) -> str:
+def check_models(models: Mapping[str, Any], batches: tuple[int, ...], baseline: str | None) -> str:
     "The baseline's name; ValueError and TypeError say what cannot be compared."
     if not models:
         raise ValueError("models is empty: there is nothing to compare")
@@ -85,7 +85,7 @@ def check_models(models: dict[str, Any], batches: tuple[int, ...], baseline: str
 
 # %% ../../nbs/workshop/comparing.ipynb
 def stored_models(
-    models: dict[str, Any],  # name → model or path
+    models: Mapping[str, Any],  # name → model or path
     save: Callable[..., Any],
     load: Callable[..., Any],
     folder: Path,  # where the files go
@@ -96,7 +96,7 @@ def stored_models(
 
     Parameters
     ----------
-    models : dict[str, Any]
+    models : Mapping[str, Any]
         name → model or path
     save : Callable[..., Any]
     load : Callable[..., Any]

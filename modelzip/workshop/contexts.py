@@ -158,7 +158,7 @@ class LaneReader:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        tables: Tables
+        tables: 'Tables'
         at: int
 
 # %% ../../nbs/workshop/contexts.ipynb

@@ -249,7 +249,7 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
             ...
 
         @classmethod
-        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> BlockTensor:
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> 'BlockTensor':
             "Build from stored parts; whatever does not fit together raises `ValueError`."
             ...
 
@@ -260,7 +260,7 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
             type: str,
             shape: tuple[int, ...],
             dtype: torch.dtype = torch.float32,
-        ) -> BlockTensor:
+        ) -> 'BlockTensor':
             "A tensor as a GGUF file holds it. `ValueError` unless the bytes are as many as the shape needs."
             ...
 

@@ -111,8 +111,10 @@ class NoGradient(torch.autograd.Function):
 class IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
 
+    where: str
+    loaded: bool
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
-    floats = False  # of a layer that an earlier version pickled
+    floats: bool = False  # of a layer that an earlier version pickled
 
     def __init__(self, layer: nn.Module, q: Any, name: str, activations: str, requantize: bool, floats: bool = False):
         super().__init__(layer, q, name)
@@ -415,6 +417,11 @@ class LastInput:
     """What the last input became. Its users are those who were given it, in order: weak references to what they have
     `prepared`."""
 
+    input: Any
+    how: Any
+    users: list[Any]
+    made: Any
+    copy: Tensor | None
     input, how, users, made, copy = None, None, [], None, None
 
     def get(self, layer: Prepared, x: Tensor, how: Any, make: Callable[[bool], Any]) -> Any:
@@ -455,7 +462,7 @@ class _Last(threading.local):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        one: LastInput
+        one: 'LastInput'
 
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp

@@ -301,7 +301,7 @@ class ThroughCache(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         model: nn.Module
-        make: Callable[[], Cache]
+        make: 'Callable[[], Cache]'
         piece: int
 
 # %% ../../nbs/workshop/key_value_cache.ipynb

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..quant import pack_bits, unpack_bits
 
 # %% ../../nbs/workshop/layouts.ipynb
-Way = tuple[Tensor | None, dict, Tensor]  # packed codes; the numbers that describe them; bool: what is stored
+Way = tuple[Tensor | None, dict[str, Any], Tensor]  # packed codes; the numbers that describe them; bool: what is stored
 
 
 class Layout:

@@ -34,7 +34,7 @@ class Request:
     key: tuple[Any, ...]
     deadline: float | None = None
     arrived: float = 0.0
-    future: Future = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
 
 # %% ../../nbs/workshop/line.ipynb
 class Line:
@@ -44,7 +44,7 @@ class Line:
 
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
-        self.queues: dict[tuple[Any, ...], deque] = {}
+        self.queues: dict[tuple[Any, ...], deque[Request]] = {}
         self.askers, self.why = (
             deque(),
             "",
@@ -66,7 +66,7 @@ class Line:
         room: threading.Condition
         watch: Watch
 
-        def put(self, requests: list[Request], patience: float | None) -> None:
+        def put(self, requests: 'list[Request]', patience: float | None) -> None:
             "Add requests in order, waiting at most `patience` seconds for room."
             ...
 
@@ -78,11 +78,11 @@ class Line:
             "Make room: requests whose callers have cancelled them need no place."
             ...
 
-        def leave_out(self, which: Callable[..., Any]) -> list[Request]:
+        def leave_out(self, which: Callable[..., Any]) -> 'list[Request]':
             "Take some requests out of the queues."
             ...
 
-        def late(self, now: float) -> tuple[list[Request], float]:
+        def late(self, now: float) -> 'tuple[list[Request], float]':
             "Requests whose time is over leave the line; gives them, and when the next one's is."
             ...
 
@@ -90,7 +90,7 @@ class Line:
             "There is room for n more."
             ...
 
-        def pop(self, key: tuple[Any, ...], most: int) -> list[Request]:
+        def pop(self, key: tuple[Any, ...], most: int) -> 'list[Request]':
             "Up to `most` requests of one shape, oldest first."
             ...
 
@@ -100,20 +100,20 @@ class Line:
             hopes: int = 1,
             patience: float = 0.0,
             into: list[Any] | None = None,
-        ) -> list[Request] | None:
+        ) -> 'list[Request] | None':
             """A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed
             and empty."""
             ...
 
-        def close(self, cancel: bool = False) -> list[Request]:
+        def close(self, cancel: bool = False) -> 'list[Request]':
             "Take no more requests; gives those that were waiting if they shall not be served."
             ...
 
-        def ask(self) -> asyncio.Future:
+        def ask(self) -> asyncio.Future[Any]:
             "For a coroutine: done when there may be room."
             ...
 
-        def leave(self, hope: asyncio.Future) -> None:
+        def leave(self, hope: asyncio.Future[Any]) -> None:
             "Asks no more; if it was told of room, which it may not have used, the next one is."
             ...
 
@@ -244,7 +244,7 @@ def close(self: Line, cancel: bool = False) -> list[Request]:
 
 # %% ../../nbs/workshop/line.ipynb
 @patch
-def ask(self: Line) -> asyncio.Future:
+def ask(self: Line) -> asyncio.Future[Any]:
     "For a coroutine: done when there may be room."
     loop = asyncio.get_running_loop()
     hope = loop.create_future()
@@ -263,7 +263,7 @@ def ask(self: Line) -> asyncio.Future:
 
 
 @patch
-def leave(self: Line, hope: asyncio.Future) -> None:
+def leave(self: Line, hope: asyncio.Future[Any]) -> None:
     "Asks no more; if it was told of room, which it may not have used, the next one is."
     with self.work:
         if hope.tell in self.askers:

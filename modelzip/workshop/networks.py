@@ -119,7 +119,7 @@ class TransformerBlock(nn.Module):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        attention: Attention
+        attention: 'Attention'
         attention_norm: nn.LayerNorm
         up: nn.Linear
         down: nn.Linear

@@ -124,7 +124,7 @@ def palette_png(
     return min(out.getvalue(), png, key=len)
 
 # %% ../../nbs/workshop/pictures.ipynb
-def short_number(found: re.Match) -> str:
+def short_number(found: re.Match[str]) -> str:
     "A decimal with two digits after the point."
     return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 

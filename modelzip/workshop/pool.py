@@ -95,7 +95,7 @@ class Pool:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        def submit(self, x: Any, *, timeout: float | None = None, wait: float | None = None) -> Future:
+        def submit(self, x: Any, *, timeout: float | None = None, wait: float | None = None) -> Future[Any]:
             """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,
             which must not wait, awaits `asubmit`."""
             ...
@@ -124,11 +124,11 @@ class Pool:
             "The end of a `with` block: after an error (or Ctrl-C) what has not begun is cancelled."
             ...
 
-        def __enter__(self) -> Pool:
+        def __enter__(self) -> 'Pool':
             ...
 
         @property
-        def stats(self) -> PoolStats:
+        def stats(self) -> 'PoolStats':
             "Counts, as a `PoolStats`."
             ...
 
@@ -159,7 +159,7 @@ def submit(
     wait: (
         float | None
     ) = None,  # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
-) -> Future:  # result() is the answer, cancel() works until the model runs
+) -> Future[Any]:  # result() is the answer, cancel() works until the model runs
     """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,
     which must not wait, awaits `asubmit`.
 
@@ -174,7 +174,7 @@ def submit(
 
     Returns
     -------
-    Future
+    Future[Any]
         result() is the answer, cancel() works until the model runs
     """
     request = self._request(x, checked_seconds(timeout, "timeout"))

@@ -68,7 +68,7 @@ def _as_whole(v):
 def setting(
     i: int,  # place in the buffer
     kind: Callable[..., Any] | None = None,  # bool or float; None: a whole number, or None for −1
-) -> property:
+) -> Any:  # a property
     """A setting that reads and is set like an attribute.
 
     Parameters
@@ -77,6 +77,11 @@ def setting(
         place in the buffer
     kind : Callable[..., Any] | None, default None
         bool or float; None: a whole number, or None for −1
+
+    Returns
+    -------
+    Any
+        a property
     """
 
     def get(self):

@@ -95,6 +95,7 @@ class Pruner:
     layers: dict[str, nn.Module]
     scope: str
     sparsity: dict[str, float]
+    schedule: Callable[[float, float, float], float]
 
     def __init__(
         self,

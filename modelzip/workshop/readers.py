@@ -92,7 +92,7 @@ class Touching(TorchFunctionMode):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        symbols: Symbols
+        symbols: 'Symbols'
 
 # %% ../../nbs/workshop/readers.ipynb
 def is_leaf(m: nn.Module) -> bool:

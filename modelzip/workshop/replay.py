@@ -143,11 +143,11 @@ class Replay:
         now: int
         twin: Twin
 
-        def looked(self) -> Look:
+        def looked(self) -> 'Look':
             "Run every batch once, and note what happens."
             ...
 
-        def stages(self, sources: dict[Any, Any]) -> list[list[Unit]]:
+        def stages(self, sources: dict[Any, Any]) -> 'list[list[Unit]]':
             "What comes when. A layer that earlier batches did not call comes behind the one that is called before it."
             ...
 
@@ -156,7 +156,7 @@ class Replay:
             look at more than one input."""
             ...
 
-        def rows(self, stage: list[Unit], i: int) -> dict[str, list[Tensor]]:
+        def rows(self, stage: 'list[Unit]', i: int) -> dict[str, list[Tensor]]:
             "What the matrices of a stage are given in one batch."
             ...
 
@@ -195,9 +195,9 @@ class Replay:
             sources: dict[Any, Any],
             collector: Callable[[], Any],
             places: Iterable[str],
-            before: Replay | None = None,
+            before: 'Replay | None' = None,
             apart: bool = False,
-        ) -> Iterator[tuple[Unit, Any]]:
+        ) -> 'Iterator[tuple[Unit, Any]]':
             "What each unit is given by the model as it is by then."
             ...
 

@@ -103,7 +103,7 @@ class Report:
             ...
 
         @classmethod
-        def from_json(cls, text: str) -> Report:
+        def from_json(cls, text: str) -> 'Report':
             "Read a report back. A text that is none raises ValueError."
             ...
 

@@ -22,6 +22,7 @@ from ..data import need
 from ..kernels import QConv2d, QLinear, use_kernels
 from ..onnx_export import FORMS, graph_of, onnx_session, tolerance_of
 from ..quant import Dequantize
+from .arguments import Function
 from .calls import Flat, Layout, called, parts_of
 from .intra_op import intra_op_threads
 from .models import copied
@@ -296,7 +297,7 @@ def register_engine(
     kernels: bool = False,  # with integer products when nothing is said
     forms: Sequence[str] = (),  # of layers of known range that are worth trying; () for an engine that reads no file
     precisions: Sequence[str] = ("f32",),  # that it knows
-) -> Callable:  # a decorator
+) -> Callable[[Function], Function]:  # a decorator
     """Enter a function into the table of engines: it takes a `Work` and returns a function of the example's tensors.
 
     Parameters
@@ -311,7 +312,7 @@ def register_engine(
 
     Returns
     -------
-    Callable
+    Callable[[Function], Function]
         a decorator
     """
 

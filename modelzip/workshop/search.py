@@ -343,7 +343,7 @@ class TargetError(ValueError):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        report: CompressionReport
+        report: 'CompressionReport'
 
 
 class WriteError(OSError):
@@ -455,7 +455,7 @@ class Search:
         model: nn.Module
         samples: Samples
         judge: Judge
-        target: Target
+        target: 'Target'
         folder: Path
         epochs: int
         lr: float
@@ -464,7 +464,7 @@ class Search:
         trellis: bool
         progress: Any
 
-        def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
+        def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> 'Try | None':
             "Tries whose files approach the budget from both sides."
             ...
 
@@ -473,7 +473,7 @@ class Search:
             steps."""
             ...
 
-        def with_quality(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
+        def with_quality(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> 'Try | None':
             """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the
             error says where to begin. Where sketches can be judged, they say where to look."""
             ...
@@ -485,7 +485,7 @@ class Search:
         def _first_guess(self, menu, low, high):
             ...
 
-        def by_sketches(self, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
+        def by_sketches(self, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> 'Try | None':
             "Tries where sketches say that the quality is just enough."
             ...
 
@@ -511,7 +511,7 @@ class Search:
             just met."""
             ...
 
-        def room(self, t: Try) -> float:
+        def room(self, t: 'Try') -> float:
             "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
             ...
 
@@ -523,7 +523,7 @@ class Search:
             "As long as each gives something."
             ...
 
-        def from_menus(self, before: Sequence[Any], label: str = '') -> Try | None:
+        def from_menus(self, before: Sequence[Any], label: str = '') -> 'Try | None':
             "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
             ...
 

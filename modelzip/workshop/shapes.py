@@ -10,6 +10,8 @@ import functools, inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .arguments import Function
+
 # %% ../../nbs/workshop/shapes.ipynb
 def misfit(
     axes: Mapping[str, str],  # argument → its axes: "rows, n+", or "…, inputs"
@@ -50,7 +52,7 @@ def misfit(
 # %% ../../nbs/workshop/shapes.ipynb
 def with_shapes(
     **axes: str,  # argument → its axes, see `misfit`
-) -> Callable:  # a decorator
+) -> Callable[[Function], Function]:  # a decorator
     """Let a function refuse (`ValueError`) tensors of other axes than it says.
 
     Parameters
@@ -60,7 +62,7 @@ def with_shapes(
 
     Returns
     -------
-    Callable
+    Callable[[Function], Function]
         a decorator
     """
 

@@ -70,8 +70,8 @@ class SmallBlock(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         size: int
-        norm1: RootNorm
-        norm2: RootNorm
+        norm1: 'RootNorm'
+        norm2: 'RootNorm'
 
 
 class SmallLlama(nn.Module):
@@ -113,7 +113,7 @@ class SmallLlama(nn.Module):
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         words: nn.Embedding
-        norm: RootNorm
+        norm: 'RootNorm'
         blocks: nn.Sequential
 
 # %% ../../nbs/workshop/small_llama.ipynb

@@ -96,7 +96,7 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
             ...
 
         @classmethod
-        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> SparseTensor:
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> 'SparseTensor':
             "Build from stored parts; whatever does not fit together raises `ValueError`."
             ...
 

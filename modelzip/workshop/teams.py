@@ -245,7 +245,7 @@ def multi_threading(
     num_threads: int | None = None,  # threads that run side by side; None: one a core
     intra_op: int = 1,  # threads that an operation may use inside each of them
     progress: bool = False,  # show a bar
-) -> Callable:  # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
+) -> Any:  # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
     """Let a function run in threads over lists, ranges and iterators; any other argument is one. Errors as
     `run_in_threads`.
 
@@ -262,7 +262,7 @@ def multi_threading(
 
     Returns
     -------
-    Callable
+    Any
         f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
     """
     if func is None:

@@ -7,7 +7,7 @@ __all__ = ['Latency', 'check_candidates', 'calls_a_sample', 'sample', 'undisturb
 
 # %% ../../nbs/workshop/timing.ipynb
 import gc, math, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,7 @@ class Latency:
     confidence: float = math.nan  # that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
 
 # %% ../../nbs/workshop/timing.ipynb
-def check_candidates(candidates: dict[str, Any], repeats: int, warmup: int, at_least: float) -> None:
+def check_candidates(candidates: Mapping[str, Any], repeats: int, warmup: int, at_least: float) -> None:
     "Something to time, and numbers that make sense; else ValueError."
     if not candidates:
         raise ValueError("candidates is empty: there is nothing to time")

@@ -259,12 +259,12 @@ class TrellisTensor(Sized, CompressedTensor, kind="trellis"):
             ...
 
         @classmethod
-        def of_checked(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
+        def of_checked(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> 'TrellisTensor':
             "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
             ...
 
         @classmethod
-        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> TrellisTensor:
+        def from_parts(cls, parts: dict[str, Tensor], meta: dict[str, Any]) -> 'TrellisTensor':
             "Build from stored parts; whatever does not fit together raises `ValueError` (nothing is trusted)."
             ...
 

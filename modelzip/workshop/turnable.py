@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arguments import Function
 from .models import hooks_of, output_tensors
 from .operations import ABOUT, CUT, MOVE, RESHAPE, name_of, tensors_of
 from .rehearsal import examples_of, same_draws
@@ -213,7 +214,7 @@ class Watch(TorchFunctionMode):
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-        spaces: Spaces
+        spaces: 'Spaces'
 
         def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
             ...
@@ -238,7 +239,7 @@ class Watch(TorchFunctionMode):
         def sees(self, name: str, x: Any) -> None:
             ...
 
-        def normalized(self, norm: Norm, x: Tensor | None, outputs: list[Tensor]) -> None:
+        def normalized(self, norm: 'Norm', x: Tensor | None, outputs: list[Tensor]) -> None:
             "A norm was called."
             ...
 
@@ -325,7 +326,7 @@ def normalized(self: Watch, norm: Norm, x: Tensor | None, outputs: list[Tensor])
 RULES: dict[str, Callable[..., Any]] = {}  # name → rule(watch, f, output, *args, **kwargs)
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(*names: str) -> Callable[[Function], Function]:
     "Register what an operation does to the vectors along the last axis."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
