@@ -23,7 +23,7 @@ from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
-from .workshop.updates import opened_table, update_of
+from .workshop.updates import opened_table, update_of, write_update
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
 from .workshop.writing import LARGE, check_machine, check_saving, coded_pieces, lowest_version, write_payload
 
@@ -115,13 +115,8 @@ def save(
         if archive == "solid":
             seal_solid(f, solid_bytes(manifest, pieces))
         else:
-            write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
-            if old is not None and not old.is_worth_it(f.seek(0, os.SEEK_END)):
-                old.take_back(manifest)
-                old = None
-                f.seek(0)
-                f.truncate()
-                write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
+            write_once = lambda: write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
+            write_update(f, manifest, old, write_once)
         prove(f, model, old)
     return Path(os.fsdecode(path))
 

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/workshop/updates.ipynb
 import functools, hashlib, mmap, os, threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -394,6 +394,32 @@ def update_of(
         manifest["base"] = {"name": name, "content": b.content}
         mark(manifest["tensors"], pieces, b)
         yield b
+
+
+def write_update(
+    f: BinaryIO,  # to be written
+    manifest: dict,
+    base: Base | None,  # of `update_of`
+    write: Callable[[], None],  # the whole file
+) -> None:
+    """Write, and where the base spares next to nothing, write again without it: who has such a file needs no other.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        to be written
+    manifest : dict
+    base : Base | None
+        of `update_of`
+    write : Callable[[], None]
+        the whole file
+    """
+    write()
+    if base is not None and not base.is_worth_it(f.seek(0, os.SEEK_END)):
+        base.take_back(manifest)
+        f.seek(0)
+        f.truncate()
+        write()
 
 
 def mark(table: dict, pieces: list[Piece], base: Base) -> None:
