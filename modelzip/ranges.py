@@ -21,12 +21,11 @@ from .quant import as_tensor
 from .workshop.bites import unit_of_blocks
 from .workshop.scales import as_columns, fitted_scales, largest_of_columns, matrices_for, nearest_weight
 from .workshop.drivers import COLUMNS, movable_biases, named, quantize_at_once, sharing_inputs, with_biases
-from .workshop.matrices import passed_over
 from .workshop.models import as_batches, copied
 from .workshop.pairs import asked_pairs, by_channel, check_same, layers_to_scale, move_factor, proven_pairs
 from .workshop.replay import show_rows
 from .workshop.statistics import LayerStatistics, Statistics, unwatched
-from .workshop.watching import Twin, points_of
+from .workshop.watching import Twin, watchable
 
 _all_ = ["LayerStatistics", "Statistics", "unwatched", "fitted_scales", "nearest_weight"]  # made in the workshop
 
@@ -58,11 +57,7 @@ def calibrate(
         of each matrix that was used, by its layer's name, or its own where a layer has several
     """
     twin, seen = Twin(model), Statistics()
-    points, _ = points_of(twin.model, layers)
-    if not points:
-        raise ValueError(
-            f"model has no layer to calibrate: none of the kinds whose products are known{passed_over(model)}"
-        )
+    points = watchable(twin.model, layers)
     tell = lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments)
     for i, batch in enumerate(as_batches(batches)):
         show_rows(twin, batch, i, points, tell, undo=seen.clear)
@@ -226,7 +221,7 @@ def equalize(
         raise ValueError(f"rounds is {rounds!r}; it may be a whole number of 1 or more")
     found, why = proven_pairs(model) if pairs is None else (asked_pairs(model, pairs), "pairs is empty")
     if not found:
-        raise ValueError(f"model has no pair to equalize: {why}{passed_over(model)}")
+        raise ValueError(f"model has no pair to equalize: {why}")
     new = copied(model)
     layers = layers_to_scale(new, found)
     for _ in range(rounds):

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..prune import Mask
+from .matrices import passed_over
 from .models import call, computed, copied, hooks_of, may_write, output_tensors
 from .rows import CALIBRATED
 
@@ -422,7 +423,7 @@ def proven_pairs(
     try:
         graphs = graphs_of(model)
     except Unproven as e:
-        return [], f"of this model nothing can be proved: {e}"
+        return [], f"of this model nothing can be proved: {e}{passed_over(model)}"
     pairs, reasons, holders, names = [], [], _holders(model), dict(model.named_modules(remove_duplicate=False))
     calls = [n for n in graphs[0].nodes if n.op == "call_module" and isinstance(names.get(n.target), CALIBRATED)]
     for n in calls:
