@@ -215,7 +215,7 @@ class RoomyCache:
     ):
         at_least(1, room=room)
         self.room = room
-        self.kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # layer: tokens, buffers [n, heads, room, head]
+        self.kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # layer: tokens, buffers [room, n, heads, head]
 
     @property
     def length(self) -> int:  # tokens that all layers have seen
@@ -247,22 +247,46 @@ class RoomyCache:
         tuple[Tensor, Tensor]
             of all tokens
         """
-        start, *buffers = self.kept.get(layer, (0, None, None))
-        checked(layer, keys, values, None if buffers[0] is None else buffers)
-        end = start + keys.shape[2]
-        if buffers[0] is None or end > buffers[0].shape[2]:
-            buffers = [self._larger(old, new, start, end) for old, new in zip(buffers, (keys, values))]
-        for buffer, new in zip(buffers, (keys, values)):
-            buffer.narrow(2, start, end - start).copy_(new)
-        self.kept[layer] = end, *buffers
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        before = self.kept.get(layer)
+        checked(layer, keys, values, before and [b.permute(1, 2, 0, 3) for b in before[1:]])
+        news = [t.permute(2, 0, 1, 3) for t in (keys, values)]
+        if before is None:
+            room = max(self.room, len(news[0]))
+            self.kept[layer] = 0, *(t.new_empty(room, *t.shape[1:]) for t in news)
+        both = self.lengthened(layer, len(news[0]))
+        for rows, new in zip(both, news):
+            rows[len(rows) - len(new) :] = new
+        return both[0].permute(1, 2, 0, 3), both[1].permute(1, 2, 0, 3)
 
-    def _larger(self, old, new, start, end):
-        n, heads, _, head = new.shape
-        room = max(self.room, end) if old is None else max(2 * old.shape[2], end)
-        buffer = new.new_empty(room, n, heads, head).permute(1, 2, 0, 3)  # what is there is one piece of memory
-        if old is not None:
-            buffer[:, :, :start] = old[:, :, :start]
+    def lengthened(
+        self,
+        layer: int,  # one that was updated before
+        tokens: int,  # more
+    ) -> tuple[Tensor, Tensor]:  # keys and values [all tokens, n, heads, head]: the last ones are the caller's to write
+        """Room for what is new.
+
+        Parameters
+        ----------
+        layer : int
+            one that was updated before
+        tokens : int
+            more
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            keys and values [all tokens, n, heads, head]: the last ones are the caller's to write
+        """
+        used, *buffers = self.kept[layer]
+        end = used + tokens
+        if end > len(buffers[0]):
+            buffers = [self._larger(old, used, end) for old in buffers]
+        self.kept[layer] = end, *buffers
+        return buffers[0][:end], buffers[1][:end]
+
+    def _larger(self, old, used, end):
+        buffer = old.new_empty(max(2 * len(old), end), *old.shape[1:])
+        buffer[:used] = old[:used]
         return buffer
 
 # %% ../../nbs/workshop/quick_llama.ipynb
@@ -352,15 +376,18 @@ class Between(nn.Module):
         named = [*self.named_parameters(), *self.named_buffers()]
         return {name: t for name, t in named if ".layer." not in name}
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
-        x = self.block.behind(x, q, *(t.permute(1, 2, 0, 3) for t in (k, v)))  # they come as [tokens, n, heads, head]
+    def forward(self, x, q, k, v, keys, values, turns):  # new ones, then those of all tokens, [tokens, n, heads, head]
+        for rows, new in ((keys, k), (values, v)):
+            rows[-1] = new[:, :, 0]
+        x = self.block.behind(x, q, keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3))
         return x, *(t.contiguous() for t in self.following.before(x, turns))
 
     def example(self) -> tuple[Tensor, ...]:
         heads, kv_heads, width = self.block.heads, self.block.kv_heads, *self.block.norms[0].normalized_shape
         head = width // heads
-        k, v = torch.zeros(2, 3, 1, kv_heads, head)
-        return torch.zeros(1, 1, width), torch.zeros(1, heads, 1, head), k, v, torch.zeros(1, 1, head // 2, 2)
+        q, k, v = (torch.zeros(1, h, 1, head) for h in (heads, kv_heads, kv_heads))
+        keys, values = (torch.zeros(3, 1, kv_heads, head) for _ in range(2))
+        return torch.zeros(1, 1, width), q, k, v, keys, values, torch.zeros(1, 1, head // 2, 2)
 
 
 class _WithWeights(nn.Module):
@@ -377,7 +404,7 @@ class Program:
 
     def __init__(self, between: Between):
         weights, given, grows = between.weights(), between.example(), {0: torch.export.Dim("tokens", min=2)}
-        sizes = {name: None for name in weights}, (None, None, grows, grows, None)
+        sizes = {name: None for name in weights}, (None, None, None, None, grows, grows, None)
         with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             program = torch.export.export(
@@ -459,19 +486,26 @@ class QuickLlama(nn.Module):
         start = read_before(ids, cache, self.context)
         x, turns = self.words(ids), self.turns[start : start + ids.shape[1]]
         with all_or_nothing(cache):
-            if self.programs and start and ids.numel() == 1 and type(cache) is RoomyCache:
+            if self.programs and start and ids.numel() == 1 and self.can_write_to(cache, start):
                 x = self.run_programs(x, turns, cache)
             else:
                 for i, block in enumerate(self.blocks):
                     x = block(x, turns, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))
 
+    def can_write_to(self, cache, start):
+        if type(cache) is not RoomyCache:
+            return False
+        alike = 1, self.blocks[0].kv_heads, 2 * self.turns.shape[2]
+        kept = [cache.kept.get(layer) for layer in range(len(self.blocks))]
+        as_here = lambda t: t.shape[1:] == alike and t.dtype == torch.float32 and t.is_cpu
+        return all(k is not None and k[0] == start and as_here(k[1]) and as_here(k[2]) for k in kept)
+
     def run_programs(self, x, turns, cache):
         q, k, v = (t.contiguous() for t in self.blocks[0].before(x, turns))
         turns = torch.view_as_real(turns)
         for layer, (program, weights) in enumerate(self.programs):
-            k, v = (t.permute(2, 0, 1, 3).contiguous() for t in cache.update(layer, k, v))
-            x, q, k, v = program.run([*weights, x, q, k, v, turns])
+            x, q, k, v = program.run([*weights, x, q, k, v, *cache.lengthened(layer, 1), turns])
         return x  # nobody waits for the queries behind the last block
 
     def _apply(self, fn, recurse=True):
