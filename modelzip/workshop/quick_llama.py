@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['IN_MODEL', 'stacked_tensors', 'stacked_blocks', 'SideBySide', 'stacked', 'blocks_for_kernel', 'FewRows',
-           'without_checks', 'RoomyCache', 'turned_pairs', 'QuickBlock', 'Between', 'Program', 'programs_of',
-           'QuickLlama', 'quick_llama', 'smollm2_in_blocks']
+           'without_checks', 'RoomyCache', 'turned_pairs', 'QuickBlock', 'attended_rows', 'Between', 'Program',
+           'programs_of', 'QuickLlama', 'quick_llama', 'smollm2_in_blocks']
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 import tempfile, warnings
@@ -332,7 +332,7 @@ class QuickBlock(nn.Module):
         q, k, v = self.before(x, turns)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        return self.behind(x, q, k, v)
+        return self.behind(x, self.attend(q, k, v))
 
     def normed(self, x, which):
         norm = self.norms[which]
@@ -347,9 +347,9 @@ class QuickBlock(nn.Module):
         qk = turned_pairs(pairs, turns).view(n, new, turned, head).transpose(1, 2)
         return qk[:, : self.heads], qk[:, self.heads :], each[:, :, turned:].transpose(1, 2)
 
-    def behind(self, x, q, k, v):
-        "What the block makes of them, with keys and values of all there is."
-        x = x + self.out(self.attend(q, k, v))
+    def behind(self, x, attended):
+        "All that comes after attention."
+        x = x + self.out(attended)
         gate, up = self.both(self.normed(x, 1)).chunk(2, -1)
         return x + self.down(F.silu(gate).mul_(up))
 
@@ -364,6 +364,32 @@ class QuickBlock(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/workshop/quick_llama.ipynb
+def attended_rows(
+    q: Tensor,  # [1, heads, 1, head], of one token
+    keys: Tensor,  # [tokens, 1, kv_heads, head], of all
+    values: Tensor,  # likewise
+) -> Tensor:  # [1, 1, heads × head]
+    """Attention as sums, which a compiler makes into loops.
+
+    Parameters
+    ----------
+    q : Tensor
+        [1, heads, 1, head], of one token
+    keys : Tensor
+        [tokens, 1, kv_heads, head], of all
+    values : Tensor
+        likewise
+
+    Returns
+    -------
+    Tensor
+        [1, 1, heads × head]
+    """
+    rows = q.view(keys.shape[2], -1, q.shape[3]) * q.shape[3] ** -0.5
+    shares = (keys[:, 0, :, None] * rows).sum(-1).softmax(0)  # [tokens, kv_heads, heads that share them]
+    return (shares[..., None] * values[:, 0, :, None]).sum(0).view(1, 1, -1)
+
+
 class Between(nn.Module):
     "From the attention of a block to queries, keys and values of the one that follows, for one token."
 
@@ -379,7 +405,7 @@ class Between(nn.Module):
     def forward(self, x, q, k, v, keys, values, turns):  # new ones, then those of all tokens, [tokens, n, heads, head]
         for rows, new in ((keys, k), (values, v)):
             rows[-1] = new[:, :, 0]
-        x = self.block.behind(x, q, keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3))
+        x = self.block.behind(x, attended_rows(q, keys, values))
         return x, *(t.contiguous() for t in self.following.before(x, turns))
 
     def example(self) -> tuple[Tensor, ...]:
@@ -400,21 +426,23 @@ class _WithWeights(nn.Module):
 
 
 class Program:
-    "Compiled code. `run` takes a list: the weights, then what `Between` takes."
+    "Compiled code. `run` takes a list: the weights, then what `Between` takes. `RuntimeError` without a compiler."
 
     def __init__(self, between: Between):
         weights, given, grows = between.weights(), between.example(), {0: torch.export.Dim("tokens", min=2)}
         sizes = {name: None for name in weights}, (None, None, None, None, grows, grows, None)
-        with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                _WithWeights(between), (weights, *given), dynamic_shapes=sizes, strict=False
-            )
-            if program.state_dict or program.constants:
-                raise AssertionError(f"weights were compiled in: {[*program.state_dict, *program.constants]}")
-            path, alone = str(Path(folder) / "between.pt2"), {"cpp.threads": 1}
-            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=alone)
-            self.run = torch._inductor.aoti_load_package(path).loader.run
+        try:
+            with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+                warnings.simplefilter("ignore")
+                whole, path = _WithWeights(between), str(Path(folder) / "between.pt2")
+                program = torch.export.export(whole, (weights, *given), dynamic_shapes=sizes, strict=False)
+                assert not program.state_dict and not program.constants, "weights were compiled in"
+                alone = {"cpp.threads": 1}  # in what is small; the products ask for the caller's number
+                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=alone)
+                self.run = torch._inductor.aoti_load_package(path).loader.run
+        except Exception as why:
+            said = (str(why).strip().splitlines() or [type(why).__name__])[0]
+            raise RuntimeError(f"compiled=True needs torch.export and a C++ compiler, such as g++: {said}") from why
 
     def __deepcopy__(self, memo: dict) -> "Program":
         return self  # code has nothing to copy
@@ -517,18 +545,20 @@ class QuickLlama(nn.Module):
 # %% ../../nbs/workshop/quick_llama.ipynb
 def quick_llama(
     model: Llama,  # in floats, in codes, or with kernels (`use_kernels`); it is left as it is
-    compiled: bool = False,  # compile what speaks, in half a minute: products in floats or with 4-bit kernels
+    compiled: bool = False,  # compile a step of one text in a `RoomyCache`: seconds for each kind of block
 ) -> QuickLlama:  # in eval mode; it shares what need not be stacked, and copies the rest
     """The same scores with fewer calls, for speaking: `generate(quick_llama(model), prompt, cache=RoomyCache())`. A few
     rows at once are multiplied with a file's 4-bit blocks (`smollm2_in_blocks`) by a kernel that computes in bfloat16.
     `ValueError` for a model that is no `Llama` with its own parts, that has hooks, or that is not in float32.
+    `compiled` takes layers in floats and 4-bit kernels on the CPU (others: `ValueError`) and needs a C++ compiler
+    (`RuntimeError`); it pays when a few hundred tokens are said.
 
     Parameters
     ----------
     model : Llama
         in floats, in codes, or with kernels (`use_kernels`); it is left as it is
     compiled : bool, default False
-        compile what speaks, in half a minute: products in floats or with 4-bit kernels
+        compile a step of one text in a `RoomyCache`: seconds for each kind of block
 
     Returns
     -------
