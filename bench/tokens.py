@@ -1,7 +1,7 @@
 """How many tokens a second does SmolLM2 read and say, in floats, int8 and 4 bits, beside llama.cpp on its own file, and
 how near is that to what the memory allows? Each in a process of its own, in turns (see contest.py).
 
-    python bench/tokens.py               prints the tables and writes bench/results/tokens.json (some fifteen minutes)
+    python bench/tokens.py               prints the tables and writes bench/results/tokens.json
     python bench/tokens.py --quick       fewer rounds and one thread, and nothing is written
     python bench/tokens.py --cache       only what the key-value cache in few bits costs and saves
     python bench/tokens.py --speeds      only the speeds; names of rows behind it choose some of them, beside the first
@@ -49,6 +49,11 @@ OURS = {
     "int8 kernels, quick": (lambda m: quick_llama(use_kernels(quantize_model(m, 8))), RoomyCache, WEIGHTS + WORDS),
     "4-bit kernels": (lambda m: use_kernels(quantize_model(m, **FOUR)), KeyValueCache, WEIGHTS * 5 // 8 + WORDS),
     "the file's 4-bit codes, quick": (lambda m: quick_llama(smollm2_in_blocks()), RoomyCache, WEIGHTS * 5 // 8 + WORDS),
+    "the file's 4-bit codes, compiled": (
+        lambda m: quick_llama(smollm2_in_blocks(), compiled=True),
+        RoomyCache,
+        WEIGHTS * 5 // 8 + WORDS,
+    ),
     "4-bit kernels, quick": (
         lambda m: quick_llama(use_kernels(quantize_model(m, **FOUR))),
         RoomyCache,
@@ -258,7 +263,7 @@ def main():
         RESULTS.write_text(json.dumps(there, indent=1, ensure_ascii=False) + "\n")
     if "--cache" in sys.argv:
         return
-    rows, version = speeds(3, [1]) if QUICK else speeds(15, [1, 2])
+    rows, version = speeds(3, [1]) if QUICK else speeds(7, [1, 2])
     show(rows)
     there["machine"] = dict(processor=platform.processor() or platform.machine(), torch=torch.__version__, peer=version)
     there["speeds"] = rows

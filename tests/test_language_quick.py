@@ -1,6 +1,7 @@
 """`quick_llama` says what the model says, whatever its layers are made of; and the cache with room."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate
 from modelzip.quant import Dequantize, quantize_model
 from modelzip.workshop.gguf_blocks import quantize_blocks
+from modelzip.workshop import quick_llama as room
 from modelzip.workshop.quick_llama import FewRows, RoomyCache, SideBySide, quick_llama, stacked_tensors
-from guards import examples, unchanged
+from modelzip.workshop.runtimes import compiler
+from guards import FUZZ, examples, unchanged
 
 COARSE = {"words": dict(bits=8, group=None), "head": dict(bits=8, group=None)}
 
@@ -91,6 +94,108 @@ def test_biases_are_not_lost(kind):
     without, model = KINDS[kind](llama()), KINDS[kind](model)
     want, got = model(ids), quick_llama(model)(ids)
     assert (want - got).norm() < 2e-2 * want.norm() < 2e-1 * (want - without(ids)).norm()
+
+
+class AsWritten:
+    "A `Program` that nobody compiled."
+
+    made = 0
+
+    def __init__(self, between):
+        AsWritten.made, self.calls = AsWritten.made + 1, 0
+        self.names, self.between = list(between.weights()), between
+
+    def run(self, given):
+        self.calls, weights = self.calls + 1, dict(zip(self.names, given))
+        return torch.func.functional_call(self.between, weights, tuple(given[len(weights) :]))
+
+
+class Compiled(room.Program):
+    def __init__(self, between):
+        super().__init__(between)
+        AsWritten.made, self.calls, program = AsWritten.made + 1, 0, self.run
+
+        def counted(given):
+            self.calls += 1
+            return program(given)
+
+        self.run = counted
+
+
+needs_a_minute = pytest.mark.skipif(compiler() is None or not FUZZ, reason="a C++ compiler, and a minute: `make fuzz`")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["floats", "3 bits", "4 bits", "blocks of a GGUF file"])
+@pytest.mark.parametrize("program", [AsWritten, pytest.param(Compiled, marks=needs_a_minute)])
+def test_one_program_says_what_the_blocks_say(program, kind, monkeypatch):
+    monkeypatch.setattr(room, "Program", program)
+    monkeypatch.setattr(AsWritten, "made", 0)
+    model = KINDS[kind](llama(layers=3))
+    dice = torch.get_rng_state()
+    with unchanged(model):
+        quick, plain = quick_llama(model, compiled=True), quick_llama(model)
+    calls = lambda: sum(p.calls for p in {id(p): p for p, _ in quick.programs}.values())
+    assert AsWritten.made == 1 and len(quick.programs) == 3 and torch.equal(dice, torch.get_rng_state())
+    ids = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
+    close = lambda a, b: (a - b).norm() <= 1e-5 * b.norm() if kind == "floats" else (a - b).norm() <= 1e-2 * b.norm()
+    caches = RoomyCache(3), RoomyCache(3)
+    for part in ids.split([12, 1, 1, 8, *[1] * 18], 1):  # the room grows twice on the way
+        assert close(quick(part, caches[0]), plain(part, caches[1]))
+    assert calls() == 3 * 20 and AsWritten.made == 1
+    assert caches[0].length == caches[1].length == 40 and caches[0].nbytes == caches[1].nbytes
+    for layer in range(3):
+        for a, b in zip(caches[0].kept[layer][1:], caches[1].kept[layer][1:]):
+            assert close(a[:40], b[:40])
+    for cache, ids in ((KeyValueCache, ids[:, :3]), (RoomyCache, ids[:, :4].view(2, 2)), (RoomyCache, ids[:, :1])):
+        pair = cache(), cache()
+        for part in ids.split(1, 1) if cache is KeyValueCache or len(ids) > 1 else [ids]:  # not compiled for these
+            assert torch.equal(quick(part, pair[0]), plain(part, pair[1]))
+    assert calls() == 3 * 20
+    with pytest.raises(ValueError, match="keys of layer 0"):  # of another model
+        other = RoomyCache()
+        quick_llama(llama(kv_heads=6))(torch.tensor([[1, 2]]), other)
+        quick(torch.tensor([[3]]), other)
+    said = generate(quick, [5, 3, 8], 20, cache=RoomyCache())
+    assert said == generate(plain, [5, 3, 8], 20, cache=RoomyCache())
+    if program is Compiled:  # as written, one call puts its weights into the module that the other is using
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda _: generate(quick, [5, 3, 8], 20, cache=RoomyCache()), range(2))
+            assert list(both) == [said, said]
+    assert generate(copy.deepcopy(quick), [5, 3, 8], 20, cache=RoomyCache()) == said
+
+
+def test_blocks_that_differ_have_programs_of_their_own(monkeypatch):
+    monkeypatch.setattr(room, "Program", AsWritten)
+    model = llama(layers=6)
+    model.blocks[2].norm.eps = 1e-3
+    quick = quick_llama(model, compiled=True)
+    a, b, c, *rest = [id(p) for p, _ in quick.programs]
+    assert len({a, b, c}) == 3 and set(rest) == {a}  # before it, as it follows, as it is followed
+    ids = torch.arange(9)[None]
+    caches = RoomyCache(), RoomyCache()
+    with torch.no_grad():
+        for part in ids.split([7, 1, 1], 1):
+            want, got = quick_llama(model)(part, caches[0]), quick(part, caches[1])
+            assert torch.allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "mixed", "codes", "8-bit blocks", "sparse"])
+def test_what_cannot_be_compiled_is_refused_by_name(kind, monkeypatch):
+    monkeypatch.setattr(room, "Program", AsWritten)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.(attention.query, .key or .value|feed.gate or .up) is a \w+ without"
+    ):
+        quick_llama(KINDS[kind](llama()), compiled=True)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("no g++ here")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(RuntimeError, match="needs torch.export and a C.. compiler, such as g..: no g.. here"):
+        quick_llama(llama(), compiled=True)
 
 
 def test_layers_of_one_input_are_one_product():
@@ -196,7 +301,7 @@ def test_a_cache_with_room_gives_what_the_other_gives(cuts, room, layers):
     assert roomy.length == plain.length == sum(cuts)
     buffers = [t for _, *both in roomy.kept.values() for t in both]
     assert roomy.nbytes == sum(t.untyped_storage().nbytes() for t in buffers)
-    assert all(max(room, sum(cuts)) <= t.shape[2] <= max(room, 2 * sum(cuts)) for t in buffers)
+    assert all(max(room, sum(cuts)) <= len(t) <= max(room, 2 * sum(cuts)) for t in buffers)
 
 
 def test_a_cache_with_room_refuses_by_name():
