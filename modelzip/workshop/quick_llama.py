@@ -168,6 +168,7 @@ class FewRows(nn.Module):
     def __init__(self, layer: Dequantize):  # a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
         super().__init__()
         in_blocks = isinstance(layer.q, BlockTensor)
+        self.most: int
         self.layer, self.most = layer, FEW if in_blocks or layer.kernel == "int4" else 1
         if self.most > 1:
             weight, scales, group = blocks_for_kernel(layer.q) if in_blocks else layer.prepared.get(layer, "int4")
