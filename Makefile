@@ -53,6 +53,11 @@ book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
 	$(BIN)/python tools/book.py run
 	$(BIN)/python tools/house.py write
 
+types: $(STAMP)  ## what checkers of types say: of a program that uses the front page, and how much of the library has types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mypy==2.4.1 'pyright[nodejs]==1.1.414'
+	$(BIN)/mypy tests/typed_use.py
+	$(BIN)/pyright --verifytypes modelzip --ignoreexternal | grep -A 3 "exported by" || true
+
 course: $(STAMP)  ## write course/: handouts, slides, and the instructor's pages and notebooks
 	$(BIN)/python tools/course.py build
 
@@ -69,4 +74,4 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 clean:  ## remove what can be made again
 	rm -rf .venv .venv-oldest .venv-newest _docs _proc paper tour course build dist *.egg-info .pytest_cache .hypothesis
 
-.PHONY: help setup tour test oldest newest fuzz lab docs paper book course grade bench record clean
+.PHONY: help setup tour test oldest newest fuzz lab docs paper book course grade bench record types clean

@@ -98,12 +98,10 @@ class Sum(Loss):
     ):
         super().__init__()
         check_terms(factors, parts, Loss)
-        flat = [
-            (f * g, q)
-            for f, p in zip(factors, parts)
-            for g, q in (zip(p.factors, p.parts) if isinstance(p, Sum) else [(1.0, p)])
-        ]
-        self.factors, self.parts = [f for f, _ in flat], nn.ModuleList(p for _, p in flat)
+        apart = lambda p: zip(p.factors, p.parts) if isinstance(p, Sum) else [(1.0, p)]
+        flat = [(f * g, q) for f, p in zip(factors, parts) for g, q in apart(p)]
+        self.factors: list[float] = [f for f, _ in flat]
+        self.parts = nn.ModuleList(p for _, p in flat)
         self.student_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.student_layers))
         self.teacher_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.teacher_layers))
 

@@ -461,7 +461,7 @@ class Judge:
         evaluate: Callable[[nn.Module], float] | None = None,  # model → number, more is better
     ):
         self.samples, self.evaluate, held = samples, evaluate, samples.held
-        self.metric = (
+        self.metric: str | None = (
             "score" if evaluate else "accuracy" if isinstance(held, Split) else "cosine" if held is not None else None
         )
         self.exact = self.outputs(model) if self.metric == "cosine" else None

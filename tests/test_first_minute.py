@@ -1,6 +1,6 @@
 "The first minute of somebody who has installed the library: `import modelzip`, Tab, `help`, a slip, a missing package."
 
-import importlib, inspect, re, subprocess, sys, textwrap
+import ast, collections.abc, importlib, inspect, re, subprocess, sys, textwrap, typing
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +24,10 @@ def child(code, *options):
 
 
 @cache
-def public():
+def public(modules=tuple(MODULES)):
     "Name → function or class, of all that `import *` brings from a module that is the library's own."
     found = {}
-    for m in MODULES:
+    for m in modules:
         module = importlib.import_module(f"modelzip.{m}")
         for name in module.__all__:
             x = getattr(module, name)
@@ -140,6 +140,74 @@ def test_every_public_function_has_types():
             if bare or s.return_annotation is s.empty:
                 wrong.append((name, bare, s.return_annotation is s.empty))
     assert not wrong, wrong
+
+
+OPEN = {dict, list, tuple, set, frozenset, *(getattr(collections.abc, n) for n in collections.abc.__all__)} - {
+    collections.abc.Buffer if hasattr(collections.abc, "Buffer") else None,
+    collections.abc.Hashable,
+    collections.abc.Sized,
+}  # that hold or take something, which is to be said
+
+
+def left_open(kind):
+    "What an annotation does not say the contents of."
+    return [kind] * (kind in OPEN if isinstance(kind, type) else False) + [
+        x for of in typing.get_args(kind) for each in (of if isinstance(of, list) else [of]) for x in left_open(each)
+    ]
+
+
+def test_types_say_what_a_container_holds_and_what_a_function_takes():
+    "Of public functions, of the methods of public classes, and of their fields."
+    assert left_open(dict[str, list | None]) == [list] and left_open(collections.abc.Callable | int)
+    assert not left_open(collections.abc.Callable[[dict[str, int]], tuple[int, ...]] | type | None)
+    workshop = tuple(f"workshop.{p.stem}" for p in ROOT.glob("modelzip/workshop/[a-z]*.py") if p.stem != "terminal")
+    wrong, seen = [], 0
+    for name, x in (*public().items(), *public(workshop).items()):
+        members = vars(x) if inspect.isclass(x) else {}
+        members = {n: getattr(f, "__func__", getattr(f, "fget", f)) for n, f in members.items()}
+        for f in [x, *(f for f in members.values() if inspect.isfunction(f))]:
+            for argument, kind in getattr(inspect.unwrap(f), "__annotations__", {}).items():
+                seen += 1
+                if left_open(kind):
+                    wrong.append((name, getattr(f, "__name__", f), argument, kind))
+    assert seen > 4000 and not wrong, wrong[:5]
+
+
+def test_what_an_object_holds_has_a_type():
+    "Each public attribute that a method of a public class sets, where it is set, in the class, or in a base."
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in sorted(ROOT.glob("modelzip/**/*.py"))]
+    every = [c for tree in trees for c in tree.body if isinstance(c, ast.ClassDef)]
+    classes = {c.name: c for c in every}
+    called = lambda t: t.attr if isinstance(t, ast.Attribute) else t.id if isinstance(t, ast.Name) else None
+
+    @cache
+    def says(c):
+        "Names that a class annotates, defines, or sets for all its objects; and those of its bases."
+        inside = [*ast.walk(c)]
+        found = {called(n.target) for n in inside if isinstance(n, ast.AnnAssign)}
+        found |= {n.name for n in inside if isinstance(n, ast.FunctionDef)}
+        found |= {called(t) for n in c.body if isinstance(n, ast.Assign) for x in n.targets for t in ast.walk(x)}
+        bases = [classes.get(called(b)) for b in c.bases]
+        return found.union(*(says(b) for b in bases if b is not None and b is not c))
+
+    sets = [
+        (c, n.attr)
+        for c in every
+        for f in c.body
+        if isinstance(f, ast.FunctionDef)
+        for n in ast.walk(f)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and called(n.value) == "self"
+    ]
+    hidden = lambda name: name.startswith("_")
+    wrong = {(c.name, a) for c, a in sets if not hidden(c.name) and not hidden(a) and a not in says(c)}
+    assert len(sets) > 600 and not wrong, sorted(wrong)
+
+
+def test_a_typed_program_uses_every_name_of_the_front_page():
+    "`make types` gives it to checkers."
+    text = (ROOT / "tests/typed_use.py").read_text(encoding="utf-8")
+    assert {*re.findall(r"\bmz\.(\w+)", text)} == {*modelzip.__all__}
+    compile(text, "typed_use.py", "exec")
 
 
 # ---------------------------------------------------------------------------------- a slip

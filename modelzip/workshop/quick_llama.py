@@ -170,6 +170,7 @@ class FewRows(nn.Module):
     def __init__(self, layer: Dequantize):  # a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
         super().__init__()
         in_blocks = isinstance(layer.q, BlockTensor)
+        self.most: int
         self.layer, self.most = layer, FEW if in_blocks or layer.kernel == "int4" else 1
         weight = scales = self.group = None
         if self.most > 1:

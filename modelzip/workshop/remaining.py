@@ -318,8 +318,8 @@ class RemainingAttention(SettingsInState, nn.Module):
             if not weight.is_meta:  # where there are no numbers, PyTorch would import its compiler to make none
                 weight.normal_(0, n**-0.5)
             self.register_parameter(f"{k}_proj_weight", nn.Parameter(weight))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner, **like)) if bias else None
-        self.out_proj = nn.Linear(inner, self.embed_dim, bias, **like)
+        self.in_proj_bias: nn.Parameter | None = nn.Parameter(torch.zeros(3 * inner, **like)) if bias else None
+        self.out_proj: nn.Linear = nn.Linear(inner, self.embed_dim, bias, **like)
 
     def forward(
         self,

@@ -75,7 +75,7 @@ class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
         self.words, self.fc = nn.Embedding(500, 64), nn.Linear(256, 9)
-        self.lstm = nn.LSTM(64, 128, 2, bidirectional=True)
+        self.lstm: nn.LSTM = nn.LSTM(64, 128, 2, bidirectional=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.fc(self.lstm(self.words(ids))[0])

@@ -54,6 +54,7 @@ class Twin:
     model: nn.Module
     kept: list[Any]
     draws: Any
+    forward: Callable[..., Any]
 
     @torch.inference_mode(False)  # writes are counted by versions, which tensors made in inference mode lack
     def __init__(
