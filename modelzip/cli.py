@@ -867,7 +867,7 @@ def _compress(o):
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
     size = file_bytes(o.output)
-    needed = size + sum(map(file_bytes, bases_of(o.output, o.base)))
+    needed = size + sum(map(file_bytes, [] if o.base is None else bases_of(o.output, o.base)))
     found = {
         "file": o.output,
         "bytes": size,

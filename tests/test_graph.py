@@ -426,7 +426,8 @@ def test_what_hangs_on_a_loaded_model_is_not_lost(change, tmp_path):
     with pytest.raises(ValueError, match="followed anew"):
         save(m, tmp_path / "y.mz")
     with torch.no_grad():
-        assert torch.equal(load(save(m, tmp_path / "y.mz", example=x))(x), m(x))
+        # PyTorch 2.6 takes a norm of weights apart, and its last bit is another
+        torch.testing.assert_close(load(save(m, tmp_path / "y.mz", example=x))(x), m(x))
 
 
 def test_older_readers_name_what_they_do_not_know(files):

@@ -183,7 +183,8 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
             warnings.simplefilter("ignore")
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
     except Exception as e:
-        raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{reason_of(e)}") from None
+        else_ = "; or save without example, and load(path, model)" * (reason_of(e) == DECIDES)
+        raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{reason_of(e)}{else_}") from None
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -237,7 +238,7 @@ def apart(program: Any) -> Any:  # an `ExportedProgram`
 
 DECIDES = (
     "it goes one way or another by numbers that are there only when it runs, and a graph has one way: torch.where(…)"
-    " computes both; or save without example, and load(path, model)"
+    " computes both"
 )
 
 
