@@ -5,9 +5,13 @@ on a page of each kind, and on all of them by `make fuzz`."""
 import importlib.util, json, re
 from pathlib import Path
 
+<<<<<<< HEAD
 import access
 import paper
 import pytest
+=======
+import nbformat, pytest
+>>>>>>> figures
 
 from browsing import ROOT, browser_only, site, wait
 from guards import FUZZ
@@ -134,6 +138,24 @@ def test_frames_of_explorers_take_the_colours_of_their_page():
     later = json.loads(re.search(r" frames = (\[.*\]);\n", script)[1])
     assert later[0] is None and later[1].startswith('<svg role="img" aria-label="c"')
     assert 'style="width:120px;--least:110px"' in later[2] and "</" not in script.partition("</script>")[0]
+
+
+def test_a_figure_is_kept_once():
+    "As strokes, unless they take over twice the bytes of pixels."
+    book = site.tool("book")
+    kept = {}
+    for strokes in 0, 190, 290:
+        cell = nbformat.v4.new_code_cell()
+        path = f'<path d="{"M 1 1 " * (strokes // 6)}"/>'
+        data = {"image/png": "A" * 120, "image/svg+xml": f"<svg>\n {path}</svg>", "text/plain": "x"}
+        cell.outputs = [nbformat.v4.new_output("display_data", data)]
+        book.drawn_once(nbformat.v4.new_notebook(cells=[cell]))
+        kept[strokes] = sorted(cell.outputs[0].data)
+    assert kept == {
+        0: ["image/svg+xml", "text/plain"],
+        190: ["image/svg+xml", "text/plain"],
+        290: ["image/png", "text/plain"],
+    }
 
 
 def test_tables_say_of_what_their_headers_are():
