@@ -5,13 +5,11 @@ on a page of each kind, and on all of them by `make fuzz`."""
 import importlib.util, json, re
 from pathlib import Path
 
-<<<<<<< HEAD
 import access
+import figures
+import nbformat
 import paper
 import pytest
-=======
-import nbformat, pytest
->>>>>>> figures
 
 from browsing import ROOT, browser_only, site, wait
 from guards import FUZZ
@@ -104,7 +102,7 @@ xmlns="http://www.w3.org/2000/svg" version="1.1"><defs><style type="text/css">*{
 def test_figures_take_the_colours_of_their_page():
     """Black, white and greys are the page's, and what is written in a colour is told from it; a coloured ground stays, and
     what is written on it."""
-    made = site.figures().in_page(DRAWN, 'a "bar"')
+    made = figures.in_page(DRAWN, 'a "bar"')
     style = lambda word: re.search(rf"<text ([^>]*)>{word}<", made)[1]
     assert "fill:" not in style("on") and 'fill="#000000"' in style("on")
     assert "fill" not in style("tint") + style("beside") and '<text fill="#ffffff">' in made
@@ -132,7 +130,7 @@ def test_frames_of_explorers_take_the_colours_of_their_page():
 
     held = [img(data_uri(DRAWN.encode(), "image/svg+xml"), said, "96px") for said in ("a</b", "c")]
     pixels = img("data:image/png;base64,AAAA", "grey", "120px")
-    made = site.figures().explorer(flip_book([control("n", [1, 2, 3])], [*held, pixels], [0, 1, 2]))
+    made = figures.explorer(flip_book([control("n", [1, 2, 3])], [*held, pixels], [0, 1, 2]))
     first, _, script = made.partition("<script>")
     assert '<svg role="img" aria-label="a&lt;/b"' in first and "data:image/svg" not in made
     later = json.loads(re.search(r" frames = (\[.*\]);\n", script)[1])
