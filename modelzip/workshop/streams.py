@@ -538,7 +538,7 @@ def holds_whole(x: Any) -> bool:
 
 def keep_memory() -> None:
     "Let the C library keep what chunks free: it learns how much from the largest array that was freed."
-    np.empty(3 << 20, np.uint8)  # nobody touches it, so it costs nothing
+    torch.empty(16 * BYTES, dtype=torch.uint8)  # nobody touches it, so it costs nothing
 
 
 def stream_parts(
