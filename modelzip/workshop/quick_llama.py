@@ -200,7 +200,7 @@ def without_checks(layer: nn.Module) -> nn.Module:
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 def tokens_first(x: Tensor) -> Tensor:
-    "[n, heads, tokens, head] → [tokens, n, heads, head]: so buffers lie, for what is there is then one piece of memory."
+    "[n, heads, tokens, head] → [tokens, n, heads, head]: so buffers lie: what is there is one piece of memory."
     return x.permute(2, 0, 1, 3)
 
 
@@ -478,7 +478,7 @@ def programs_of(
                 if type(layer) is not nn.Linear and not (type(layer) is FewRows and layer.group):
                     kind = type(layer.layer if type(layer) is FewRows else layer).__name__
                     raise ValueError(
-                        f"blocks.{i}.{where} is a {kind} without a 4-bit kernel; compiled it may be a Linear or have one"
+                        f"blocks.{i}.{where} is a {kind} without a 4-bit kernel; compiled it may be Linear or have one"
                     )
     made, found = {}, []
     for i, block in enumerate(blocks):
