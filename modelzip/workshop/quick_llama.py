@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['IN_MODEL', 'stacked_tensors', 'stacked_blocks', 'SideBySide', 'stacked', 'blocks_for_kernel', 'FewRows',
-           'without_checks', 'RoomyCache', 'turned_pairs', 'QuickBlock', 'attended_rows', 'Between', 'Program',
-           'programs_of', 'QuickLlama', 'quick_llama', 'smollm2_in_blocks']
+           'without_checks', 'tokens_first', 'RoomyCache', 'turned_pairs', 'QuickBlock', 'attended_rows', 'Between',
+           'Program', 'programs_of', 'QuickLlama', 'quick_llama', 'smollm2_in_blocks']
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 import tempfile, warnings
@@ -209,6 +209,11 @@ def without_checks(layer: nn.Module) -> nn.Module:
     return layer
 
 # %% ../../nbs/workshop/quick_llama.ipynb
+def tokens_first(x: Tensor) -> Tensor:
+    "[n, heads, tokens, head] → [tokens, n, heads, head]: so buffers lie: what is there is one piece of memory."
+    return x.permute(2, 0, 1, 3)
+
+
 class RoomyCache:
     """Keys and values of all that was read, in buffers that double when they are full. What `update` gives are views
     that the next update may go on writing behind.
@@ -225,7 +230,7 @@ class RoomyCache:
     ):
         at_least(1, room=room)
         self.room = room
-        self.kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # layer: tokens, buffers [room, n, heads, head]
+        self.kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # layer: tokens, buffers [n, heads, room, head]
 
     @property
     def length(self) -> int:  # tokens that all layers have seen
@@ -258,22 +263,22 @@ class RoomyCache:
             of all tokens
         """
         before = self.kept.get(layer)
-        checked(layer, keys, values, before and [b.permute(1, 2, 0, 3) for b in before[1:]])
-        news = [t.permute(2, 0, 1, 3) for t in (keys, values)]
+        checked(layer, keys, values, before and before[1:])
+        tokens = keys.shape[2]
         if before is None:
-            room = max(self.room, len(news[0]))
-            self.kept[layer] = 0, *(t.new_empty(room, *t.shape[1:]) for t in news)
-        both = self.lengthened(layer, len(news[0]))
-        for rows, new in zip(both, news):
-            rows[len(rows) - len(new) :] = new
-        return both[0].permute(1, 2, 0, 3), both[1].permute(1, 2, 0, 3)
+            empty = lambda t: t.new_empty(max(self.room, tokens), *t.shape[:2], t.shape[3])
+            self.kept[layer] = 0, *(empty(t).permute(1, 2, 0, 3) for t in (keys, values))
+        end, *buffers = self.lengthened(layer, tokens)
+        for buffer, new in zip(buffers, (keys, values)):
+            buffer.narrow(2, end - tokens, tokens).copy_(new)
+        return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def lengthened(
         self,
         layer: int,  # one that was updated before
         tokens: int,  # more
-    ) -> tuple[Tensor, Tensor]:  # keys and values [all tokens, n, heads, head]: the last ones are the caller's to write
-        """Room for what is new.
+    ) -> tuple[int, Tensor, Tensor]:  # how many they are then, and buffers with room for them, which the caller fills
+        """What is kept of a layer, with new tokens counted.
 
         Parameters
         ----------
@@ -284,20 +289,20 @@ class RoomyCache:
 
         Returns
         -------
-        tuple[Tensor, Tensor]
-            keys and values [all tokens, n, heads, head]: the last ones are the caller's to write
+        tuple[int, Tensor, Tensor]
+            how many they are then, and buffers with room for them, which the caller fills
         """
         used, *buffers = self.kept[layer]
-        end = used + tokens
-        if end > len(buffers[0]):
+        if (end := used + tokens) > buffers[0].shape[2]:
             buffers = [self._larger(old, used, end) for old in buffers]
         self.kept[layer] = end, *buffers
-        return buffers[0][:end], buffers[1][:end]
+        return self.kept[layer]
 
     def _larger(self, old, used, end):
-        buffer = old.new_empty(max(2 * len(old), end), *old.shape[1:])
-        buffer[:used] = old[:used]
-        return buffer
+        rows = tokens_first(old)
+        buffer = rows.new_empty(max(2 * len(rows), end), *rows.shape[1:])
+        buffer[:used] = rows[:used]
+        return buffer.permute(1, 2, 0, 3)
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
@@ -501,7 +506,7 @@ def programs_of(
                 if type(layer) is not nn.Linear and not (type(layer) is FewRows and layer.group):
                     kind = type(layer.layer if type(layer) is FewRows else layer).__name__
                     raise ValueError(
-                        f"blocks.{i}.{where} is a {kind} without a 4-bit kernel; compiled it may be a Linear or have one"
+                        f"blocks.{i}.{where} is a {kind} without a 4-bit kernel; compiled it may be Linear or have one"
                     )
     made, found = {}, []
     for i, block in enumerate(blocks):
@@ -556,16 +561,19 @@ class QuickLlama(nn.Module):
     def can_write_to(self, cache, start):
         if type(cache) is not RoomyCache:
             return False
-        alike = 1, self.blocks[0].kv_heads, 2 * self.turns.shape[2]
-        kept = [cache.kept.get(layer) for layer in range(len(self.blocks))]
-        as_here = lambda t: t.shape[1:] == alike and t.dtype == torch.float32 and t.is_cpu
-        return all(k is not None and k[0] == start and as_here(k[1]) and as_here(k[2]) for k in kept)
+        heads, head = self.blocks[0].kv_heads, 2 * self.turns.shape[2]
+        kept = [cache.kept.get(layer, ()) for layer in range(len(self.blocks))]
+        as_here = lambda t: t.shape == (1, heads, len(rows := tokens_first(t)), head) and rows.is_contiguous()
+        plain = lambda t: t.dtype == torch.float32 and t.is_cpu
+        return all(k and k[0] == start and all(plain(t) and as_here(t) for t in k[1:]) for k in kept)
 
     def run_programs(self, x, turns, cache):
         q, k, v = (t.contiguous() for t in self.blocks[0].before(x, turns))
         turns = torch.view_as_real(turns)
         for layer, (program, weights) in enumerate(self.programs):
-            x, q, k, v = program.run([*weights, x, q, k, v, *cache.lengthened(layer, 1), turns])
+            end, *buffers = cache.lengthened(layer, 1)
+            rows = [tokens_first(buffer)[:end] for buffer in buffers]
+            x, q, k, v = program.run([*weights, x, q, k, v, *rows, turns])
         return x  # nobody waits for the queries behind the last block
 
     def _apply(self, fn, recurse=True):
@@ -587,7 +595,7 @@ def quick_llama(
     rows at once are multiplied with a file's 4-bit blocks (`smollm2_in_blocks`) by a kernel that computes in bfloat16.
     `ValueError` for a model that is no `Llama` with its own parts, that has hooks, or that is not in float32.
     `compiled` takes layers in floats and 4-bit kernels on the CPU (others: `ValueError`) and needs a C++ compiler
-    (`RuntimeError`); it pays when a few hundred tokens are said.
+    (`RuntimeError`); it pays for whoever has thousands of tokens said.
 
     Parameters
     ----------
