@@ -42,7 +42,6 @@ SHOWN = [
     "nearest-2",
     "gptq-3",
     "gptq-2",
-    "coded-0.01",
     "coded-0.052",
 ]  # in the explorer
 BOTH = lambda **how: {"words": how, "head": how}  # the table is one tensor with two names
