@@ -225,6 +225,7 @@ def left_out(name, p, kind, bad, given):
         or kind == "huge"
         and p.name in ("steps", "rounds", "layers", "damping")
         or p.name == "device"  # PyTorch says it
+        or p.name == "compiled"  # whatever is true compiles, for many seconds
         or isinstance(bad, torch.Tensor)
         and p.name == "example"  # what the model says of its shape
     )
