@@ -1064,6 +1064,16 @@ class Results(list[Any]):
         rows = sorted(self, key=lambda r: (r.bytes is None, r.bytes))
         return "\n".join(f"{'*' if id(r) in front else ' '} {r!r}" for r in rows)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        def best(self, bytes: float = math.inf) -> 'Result | None':
+            "What one would take with such a budget."
+            ...
+
+        def plot(self, budget: float | None = None, ax: Any = None) -> Any:
+            "Size against quality, and the front."
+            ...
+
 
 def _front(results):
     "The Pareto front; without any judge, all files by size."
@@ -1071,21 +1081,47 @@ def _front(results):
     return pareto(made) if any(r.metric for r in made) else sorted(made, key=lambda r: r.bytes)
 
 
-def _best(
-    self,
+@patch
+def best(
+    self: Results,
     bytes: float = math.inf,  # at most so many
 ) -> Result | None:  # the best of those that keep to it; None: none does
-    "What one would take with such a budget."
+    """What one would take with such a budget.
+
+    Parameters
+    ----------
+    bytes : float, default math.inf
+        at most so many
+
+    Returns
+    -------
+    Result | None
+        the best of those that keep to it; None: none does
+    """
     fits = [r for r in _front(self) if r.bytes <= bytes]
     return fits[-1] if fits else None
 
 
-def _plot(
-    self,
+@patch
+def plot(
+    self: Results,
     budget: float | None = None,  # also show what one would take with so many bytes
     ax: Any = None,  # matplotlib axes
 ) -> Any:  # the axes
-    "Size against quality, and the front."
+    """Size against quality, and the front.
+
+    Parameters
+    ----------
+    budget : float | None, default None
+        also show what one would take with so many bytes
+    ax : Any, default None
+        matplotlib axes
+
+    Returns
+    -------
+    Any
+        the axes
+    """
     plt = need("matplotlib.pyplot", "notebook")
 
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
@@ -1108,9 +1144,6 @@ def _plot(
     ax.set(xscale="log", xlabel="file, kB", ylabel=good[0].metric if good else "")
     ax.legend(loc="lower right")
     return ax
-
-
-Results.best, Results.plot = _best, _plot
 
 # %% ../nbs/workshop/recipe.ipynb
 def sweep(

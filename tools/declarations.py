@@ -62,7 +62,8 @@ def patched(node):
 def declaration(node, mark, classes):
     "A method without its body, with the first paragraph of what it says of itself; classes of its notebook are quoted."
     f = copy.deepcopy(node)
-    f.decorator_list, f.args.args[0].annotation = [], None
+    others = [f"@{ast.unparse(d)}" for d in f.decorator_list if ast.unparse(d).partition("(")[0] != "patch"]
+    f.args.args[0].annotation = None
     f.args.args[0].arg = "cls" if mark == "@classmethod" else "self"
     a = f.args
     for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
@@ -76,7 +77,7 @@ def declaration(node, mark, classes):
     quote = '"""' if "\n" in said or '"' in said else '"'
     escaped = said.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     body = [*f"{quote}{escaped}{quote}".splitlines(), "..."] if said and not said.endswith('"') else ["..."]
-    lines = [*([mark] if mark else []), *head.splitlines(), *("    " + line for line in body), ""]
+    lines = [*([mark] if mark else []), *others, *head.splitlines(), *("    " + line for line in body), ""]
     return [(" " * 8 + line).rstrip() for line in lines]
 
 

@@ -45,7 +45,7 @@ WAYS: dict[Any, Any] = {
 
 
 def _inputs(
-    x: tuple[int, ...], w: tuple[int, ...], at: int, dtype: torch.dtype, draw: torch.Generator, cancel: bool
+    x: tuple[Any, ...], w: tuple[Any, ...], at: int, dtype: torch.dtype, draw: torch.Generator, cancel: bool
 ) -> list[Tensor]:
     """Random inputs, whose dimension `at` is summed over, weights and biases. `cancel`: in pairs, products add up to
     zero, so that roundings of small types can be seen; but an order in which nothing but zeros is added cannot."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TYPE_CHECKING
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -254,13 +255,25 @@ class Work(TorchDispatchMode):
         formula: Callable[..., Any]
         believed: int
 
+        def _before(self, module, *_):
+            ...
+
+        def _after(self, module, args, kwargs, y):
+            "Book what a module did itself."
+            ...
+
+        def _unhidden(self, run, args, kwargs, y):
+            ...
+
 # %% ../../nbs/workshop/counting.ipynb
-def _before(self, module, *_):
+@patch
+def _before(self: Work, module, *_):
     self.runs.append(_Run(module, self.owners[module] if module in self.owners else self.runs[-1].owner))
     self.believed += self.own(module) is not None
 
 
-def _after(self, module, args, kwargs, y):
+@patch
+def _after(self: Work, module, args, kwargs, y):
     "Book what a module did itself."
     run, own = self.runs.pop(), self.own(module)
     if own is not None:
@@ -274,7 +287,8 @@ def _after(self, module, args, kwargs, y):
     self.counts[run.owner] = self.counts.get(run.owner, 0) + run.count
 
 
-def _unhidden(self, run, args, kwargs, y):
+@patch
+def _unhidden(self: Work, run, args, kwargs, y):
     formula = self.formula(run.module)
     if formula is not None:
         return int(formula(in_order(run.module, args, kwargs), y))
@@ -282,9 +296,6 @@ def _unhidden(self, run, args, kwargs, y):
         f"{run.owner or 'the model'} ({type(run.module).__name__}) runs {run.hides}, whose products cannot be seen;"
         f" mac_rules[{type(run.module).__name__}] may say how many there are"
     )
-
-
-Work._before, Work._after, Work._unhidden = _before, _after, _unhidden
 
 # %% ../../nbs/workshop/counting.ipynb
 def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ def maker(t: Any, members: tuple[tuple[str, int], ...], names: collections.Count
     return name if names[name] == 1 else f"{name} ({names[name]})"
 
 # %% ../../nbs/workshop/drawing.ipynb
-def left_alone(t: Any, axes: dict[str, Any], free: set[int]) -> dict[str, str]:
+def left_alone(t: Any, axes: dict[tuple[str, int], Any], free: set[int]) -> dict[str, str]:
     "Layers none of whose outputs may go, with the reason."
     left = {}
     for (name, axis), roots in axes.items():
@@ -109,14 +109,14 @@ class Groups:
         layer whose outputs stay → the reason
     trace : Any
         the `Trace` that found them
-    axes : dict[str, Any]
+    axes : dict[tuple[str, int], Any]
         (name of a tensor, axis) → the root of each place
     """
 
     groups: list[Group]
     left: dict[str, str]  # layer whose outputs stay → the reason
     trace: Any  # the `Trace` that found them
-    axes: dict[str, Any]  # (name of a tensor, axis) → the root of each place
+    axes: dict[tuple[str, int], Any]  # (name of a tensor, axis) → the root of each place
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -242,7 +242,7 @@ def draw_layer(ax: Any, name: str, spot: tuple[float, float], ways: list[str]) -
     )
 
 # %% ../../nbs/workshop/drawing.ipynb
-def slices_lit(g: Any, names: Iterable[str]) -> dict[str, set[int]]:
+def slices_lit(g: Any, names: Iterable[str]) -> dict[str, set[str]]:
     "Layer → how the groups' channels lie in it."
     lit, owned = collections.defaultdict(set), g.trace.owned
     for tensor, axis in (m for name in names for m in g[name].members):

@@ -390,7 +390,7 @@ def _first(name):
 
 
 SAME = lambda given, value: None  # nothing is done
-REWRITES: dict[str, Any] = {
+REWRITES: dict[Any, Any] = {
     **dict.fromkeys(
         "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
     ),
@@ -573,7 +573,7 @@ def _counted(w, x):
     )
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-HALVES: dict[str, Any] = {  # operations of which each value is an operation of the table
+HALVES: dict[Any, Any] = {  # operations of which each value is an operation of the table
     torch.ops.aten.max.dim: ("amax", "argmax"),
     torch.ops.aten.min.dim: ("amin", "argmin"),
     torch.ops.aten.adaptive_max_pool2d.default: ("adaptive_max_pool2d", None),

@@ -168,6 +168,7 @@ class QuantizedCache:
         group: int
         recent: int
 
+        @torch.no_grad()
         def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             """Take what is new, give all there is: the new ones as they came. `ValueError` for shapes that do not
             follow those before, and for numbers to be rounded that float16 cannot hold; what is kept is then as it

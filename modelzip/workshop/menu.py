@@ -36,7 +36,7 @@ SPACED = [{"spacing": s} for s in (4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25
 ANCHORS = [{"spacing": s} for s in (4.0, 2.0, 1.0, 0.5, 0.125, 0.03)]
 SMALL = 1 << 18  # weights of a model in which tensors may be small
 # at which the output's change is measured (with data or without); for other options it follows from their own errors
-REFERENCES: dict[str, Any] = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
+REFERENCES: dict[bool, Any] = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
 
 
 @dataclass

@@ -171,6 +171,7 @@ class MiniLM(nn.Module):
         blocks: nn.ModuleList
         pooler: nn.Linear
 
+        @torch.inference_mode()
         def encode(self, texts: Sequence[str], batch_size: int = 32, progress: bool = False) -> Tensor:
             """Embed texts. They are batched by length, so that little is spent on padding, and come back in their own
             order."""

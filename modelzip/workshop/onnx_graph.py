@@ -7,7 +7,7 @@ __all__ = ['Graph', 'store_tensor', 'store_codes', 'store_float', 'store_number'
            'dequantized', 'reshaped']
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -224,7 +224,7 @@ def dequantized(
     )
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-def reshaped(g: Graph, name: str, w: str, shape: tuple[int, ...]) -> str:
+def reshaped(g: Graph, name: str, w: str, shape: Sequence[int]) -> str:
     "A tensor in another shape."
     return g.add("Reshape", w, store_tensor(g, name + ".shape", torch.tensor(list(shape))))
 

@@ -9,6 +9,7 @@ __all__ = ['lz77', 'lz78', 'lzw', 'encode_lz77', 'tokens_of', 'decode_lz77', 'en
 # %% ../../nbs/workshop/phrases.ipynb
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 from ..symbols import lz77_parse, lz77_replay, lz78_parse
 from .coders import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
@@ -25,7 +26,7 @@ def encode_lz77(data: bytes) -> bytes:
     return bytes(out)
 
 # %% ../../nbs/workshop/phrases.ipynb
-def tokens_of(body: bytes) -> Iterator[tuple[int, ...]]:
+def tokens_of(body: bytes) -> Iterator[Any]:
     "The tokens of a body, one after the other."
     at = 0
     while at < len(body):

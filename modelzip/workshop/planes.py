@@ -139,7 +139,7 @@ def split_to_plane(
     return words.view(np.uint8).reshape(len(words), -1)[:, : group * 2 * k * width // 8].reshape(-1)[:size]
 
 # %% ../../nbs/workshop/planes.ipynb
-FOLD: dict[str, Any] = {
+FOLD: dict[int, Any] = {
     4: (np.uint16, 0x0F0F, (4,)),
     2: (np.uint32, 0x03030303, (6, 12)),
     1: (np.uint64, 0x0101010101010101, (7, 14, 28)),

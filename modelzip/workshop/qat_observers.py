@@ -105,6 +105,7 @@ class StepsOfWeights(Settings):
 
         scale: nn.Parameter
 
+        @torch.no_grad()
         def fit(self, weight: Tensor) -> None:
             "Set the steps as the observer 'mse' finds them."
             ...
@@ -121,6 +122,7 @@ class StepsOfWeights(Settings):
             "What is assigned to the layer's weight is what will be rounded."
             ...
 
+        @torch.no_grad()
         def as_qtensor(self, weight: Tensor) -> QTensor:
             "The very codes and steps as a compressed tensor."
             ...
@@ -295,11 +297,13 @@ class RangeOfActivations(Settings):
         scale: nn.Parameter
         zero_point: nn.Parameter
 
+        @torch.no_grad()
         def set_range(self, low: float, high: float) -> None:
             """Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the
             zero point is 0. `ValueError` for what is no range."""
             ...
 
+        @torch.no_grad()
         def _watch(self, x: Tensor) -> None:
             """The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones
             move it."""
@@ -310,6 +314,7 @@ class RangeOfActivations(Settings):
             may move."""
             ...
 
+        @torch.no_grad()
         def set_bits(self, bits: int) -> None:
             "Other codes for the same range."
             ...

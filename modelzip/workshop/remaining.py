@@ -538,7 +538,7 @@ def cut_out(new: nn.Module, gone: dict[str, np.ndarray], names: dict[str, str]) 
             setattr(new.get_submodule(owner), key, made[one])
 
 # %% ../../nbs/workshop/remaining.ipynb
-def whole(model: nn.Module, but: Iterable[str] = ()) -> dict[str, Any]:
+def whole(model: nn.Module, but: Iterable[str] = ()) -> dict[int, Any]:
     "Parameters that a copy need not copy: a memo for `copy.deepcopy`."
     return {id(p): p for n, p in model.named_parameters() if n not in but}
 

@@ -8,7 +8,7 @@ __all__ = ['all_packed', 'copy_wrapper', 'copy_with', 'layout', 'layout_for', 'c
 
 # %% ../../nbs/workshop/rewriting.ipynb
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def copy_wrapper(wrapper: nn.Module) -> nn.Module:
 
 def copy_with(
     model: nn.Module,
-    replaced: dict[Any, nn.Module],  # a layer, or its name → what stands in its place
+    replaced: Mapping[Any, nn.Module],  # a layer, or its name → what stands in its place
     kept: Iterable[Tensor] = (),  # tensors that are shared, not copied
     checked: bool = False,  # `check_ordinary` was called before
 ) -> nn.Module:
@@ -41,7 +41,7 @@ def copy_with(
     Parameters
     ----------
     model : nn.Module
-    replaced : dict[Any, nn.Module]
+    replaced : Mapping[Any, nn.Module]
         a layer, or its name → what stands in its place
     kept : Iterable[Tensor], default ()
         tensors that are shared, not copied

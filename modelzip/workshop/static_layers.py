@@ -142,6 +142,7 @@ class KnownInput:
             "The sums as floats that hold whole numbers: float32 where these fit, else float64."
             ...
 
+        @torch.no_grad()
         def _anywhere(self, x):
             ...
 

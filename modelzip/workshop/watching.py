@@ -10,9 +10,10 @@ __all__ = ['WIDEST', 'Twin', 'attended', 'unseen', 'rows_given', 'Point', 'name_
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -122,9 +123,23 @@ class Twin:
             for k in [k for k in m._buffers if k not in buffers]:
                 del m._buffers[k]
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        @torch.inference_mode(False)
+        def run(self, batch: Any, i: int) -> Any:
+            "Run on batch i; an error says which it was."
+            ...
+
+        @contextmanager
+        def _dice(self, i):
+            """Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's
+            generators alone, which other threads use too."""
+            ...
+
 # %% ../../nbs/workshop/watching.ipynb
+@patch
 @torch.inference_mode(False)
-def _run(self, batch: Any, i: int) -> Any:
+def run(self: Twin, batch: Any, i: int) -> Any:
     "Run on batch i; an error says which it was."
     device = device_of(self.model)
     whole = lambda x: isinstance(x, PackedSequence)
@@ -142,8 +157,9 @@ def _run(self, batch: Any, i: int) -> Any:
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
 
+@patch
 @contextmanager
-def _dice(self, i):
+def _dice(self: Twin, i):
     """Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's generators
     alone, which other threads use too."""
     states = lambda: [
@@ -164,9 +180,6 @@ def _dice(self, i):
             self.draws = not all(map(torch.equal, before, states()))
         for d, s in enumerate(before if self.draws else []):
             torch.cuda.set_rng_state(s, d - 1) if d else torch.set_rng_state(s)
-
-
-Twin.run, Twin._dice = _run, _dice
 
 # %% ../../nbs/workshop/watching.ipynb
 def _flat(x):

@@ -98,7 +98,7 @@ def moments_of(
 
 # %% ../../nbs/workshop/widths.ipynb
 # with data and without; the options are those that recipes have when they do not say otherwise
-METHODS: dict[str, Any] = {
+METHODS: dict[bool, Any] = {
     True: (gptq_weight, {"symmetric": True, "act_order": True, "damping": 0.05}),
     False: (nearest_weight, {"symmetric": True}),
 }
@@ -174,6 +174,7 @@ class Widths:
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
+        @torch.no_grad()
         def make(self, choice: int, tie: tuple[Any, ...]) -> None:
             "Quantize a tensor, unless that was done before."
             ...
