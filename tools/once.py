@@ -128,8 +128,9 @@ def formulas(artist):
 def figures_undrawn():
     """Figures are not drawn where nobody keeps what a cell shows, which takes a tenth of a second or two each; only
     whether their formulas can be typeset is asked. The block's value is a list of what is wrong with them: IPython
-    shows an error in a figure as it shows a figure, and goes on."""
+    shows an error in a figure as it shows a figure, and goes on. (pyplot draws by itself what a cell leaves behind.)"""
     from IPython.core import pylabtools
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.cbook import is_math_text
     from matplotlib.mathtext import MathTextParser
 
@@ -142,7 +143,8 @@ def figures_undrawn():
             except ValueError as e:
                 wrong.append(f"{text}: {e}")
 
-    with replaced(pylabtools, "retina_figure", read), replaced(pylabtools, "print_figure", read):
+    undrawn = replaced(FigureCanvasBase, "draw_idle", lambda canvas, *args, **kwargs: None)
+    with undrawn, replaced(pylabtools, "retina_figure", read), replaced(pylabtools, "print_figure", read):
         yield wrong
 
 
