@@ -13,6 +13,7 @@ from conftest import once
 from guards import codes_alone, unchanged
 from modelzip import measure
 from modelzip.data import LeNet300, Split, train
+from modelzip.explore import explore
 
 
 def model():
@@ -117,7 +118,11 @@ def test_formulas_of_figures_that_nobody_draws_are_read():
     ax.legend()
     with once.figures_undrawn() as wrong:
         assert pylabtools.retina_figure(fig, base64=True) is None and pylabtools.print_figure(fig, "svg") is None
+    with once.figures_undrawn(pages=True) as of_pages:
+        plt.draw()  # as pyplot does after a cell
+        assert explore(lambda size: fig, size=[1, 2]).sample().count("<img") == 1
     plt.close(fig)
+    assert fig.stale and len(of_pages) == 2
     assert len(wrong) == 4 and {said.partition(":")[0] for said in wrong} == {"$x^$", r"$\nothing$"}
 
 

@@ -2,7 +2,7 @@
 this is in the library, in a notebook that is executed to be saved, or in `make fuzz`'s questions."""
 
 import copy, functools, hashlib, inspect, os, tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -125,11 +125,13 @@ def formulas(artist):
 
 
 @contextmanager
-def figures_undrawn():
-    """Figures are not drawn where nobody keeps what a cell shows, which takes a tenth of a second or two each; only
-    whether their formulas can be typeset is asked. The block's value is a list of what is wrong with them: IPython
-    shows an error in a figure as it shows a figure, and goes on."""
+def figures_undrawn(pages=False):
+    """Figures are not drawn where nobody keeps what a cell shows, which takes a tenth of a second or two each, with
+    `pages` not on explorers' first pages either; only whether their formulas can be typeset is asked. The block's value
+    is a list of what is wrong with them: IPython shows an error in a figure as it shows a figure, and goes on. (pyplot
+    draws by itself what a cell leaves behind.)"""
     from IPython.core import pylabtools
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.cbook import is_math_text
     from matplotlib.mathtext import MathTextParser
 
@@ -142,7 +144,18 @@ def figures_undrawn():
             except ValueError as e:
                 wrong.append(f"{text}: {e}")
 
-    with replaced(pylabtools, "retina_figure", read), replaced(pylabtools, "print_figure", read):
+    def read_page(fig, form, alt):
+        read(fig)
+        return frames.img("", alt)
+
+    with ExitStack() as undrawn:
+        undrawn.enter_context(replaced(FigureCanvasBase, "draw_idle", lambda *args, **kwargs: None))
+        for name in "retina_figure", "print_figure":
+            undrawn.enter_context(replaced(pylabtools, name, read))
+        if pages:
+            from modelzip.workshop import frames
+
+            undrawn.enter_context(replaced(frames, "img_of", read_page))
         yield wrong
 
 
