@@ -3,9 +3,11 @@
 import fcntl, functools
 import importlib.metadata as metadata
 import json, os, re, shutil, subprocess, sys, zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from forks import forking
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,6 +137,16 @@ def installed(wheel, once):
 
 
 @pytest.fixture(scope="module")
+def pasted(installed, tmp_path_factory):
+    "A function that pastes a text into a shell of the environment for some extras."
+    with ExitStack() as open_:
+        started = functools.cache(
+            lambda extras: open_.enter_context(forking(installed(extras)[0], tmp_path_factory.mktemp("forks") / "of"))
+        )
+        yield lambda text, extras, **how: started(extras)(text, **how)
+
+
+@pytest.fixture(scope="module")
 def environment(wheel, installed):
     python, required = installed()
     return python, wheel, required
@@ -201,33 +213,29 @@ def test_the_readme_says_how_to_install_before_it_shows_code():
 
 
 @pytest.mark.parametrize("i", range(len(blocks())))
-def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
+def test_each_block_of_the_readme_runs_by_itself(i, pasted, tmp_path):
     text, extras = blocks()[i]
     # what it needs is asked here, not how much it learns or how long it talks
     text = text.replace("epochs=6", "epochs=1").replace("tokens=40", "tokens=3")
-    python, _ = installed(extras)
     (tmp_path / "pasted.py").write_text(text, encoding="utf-8")
-    done = subprocess.run([str(python), "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = pasted("python pasted.py", extras, cwd=tmp_path, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and not done.stderr.strip(), done.stderr
 
 
-def test_the_readme_shows_the_command_line(installed, tmp_path):
+def test_the_readme_shows_the_command_line(pasted, installed, tmp_path):
     "Pasted into a shell where no more is installed than was said up to there."
     assert blocks("sh")
     small = (
         "python -c 'import torch; from modelzip.exchange import to_gguf as w; w({\"a\": torch.eye(9)}, \"model.gguf\")'"
     )
-    said = ""
+    said, quiet = "", {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = installed()[0].with_name("modelzip")  # by itself, too: below, forks run what it holds
+    assert "compress" in subprocess.run([str(command), "--help"], capture_output=True, text=True, check=True).stdout
     for text, extras in blocks("sh"):
-        python, _ = installed(extras)
         text, n = re.subn(r"^cp .* model\.gguf  # or yours$", small, text, flags=re.M)  # 98 MB would take half a minute
         assert n == ("model.gguf" in text)
-        environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path)} | {
-            "TQDM_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(["sh", "-eu", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = pasted(text, extras, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **quiet})
         assert done.returncode == 0 and not done.stderr, done.stderr
         said += done.stdout
     commands = {w for text, _ in blocks("sh") for w in re.findall(r"^modelzip (\w+)", text, re.M)}
