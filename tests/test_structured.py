@@ -934,15 +934,19 @@ def test_rounding(ratio, round_to, remain):
 
 def test_budgets():
     model = nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 32), nn.ReLU(), conv(32, 8))
-    whole, size = total_macs(model, IMAGE), tensor_bytes(model)
+    groups, whole, size = channel_groups(model, IMAGE), total_macs(model, IMAGE), tensor_bytes(model)
     for share in 0.7, 0.4:
-        assert 0.5 * share < total_macs(shrink(model, IMAGE, macs=share, round_to=1), IMAGE) / whole <= share
-    assert total_macs(shrink(model, IMAGE, macs=whole // 3), IMAGE) <= whole // 3
+        assert (
+            0.5 * share
+            < total_macs(shrink(model, IMAGE, macs=share, round_to=1, groups=groups), IMAGE) / whole
+            <= share
+        )
+    assert total_macs(shrink(model, IMAGE, macs=whole // 3, groups=groups), IMAGE) <= whole // 3
     assert tensor_bytes(shrink(model, IMAGE, bytes=0.5)) <= size / 2
-    shrink(model, IMAGE, milliseconds=1e4)
+    shrink(model, IMAGE, milliseconds=1e4, groups=groups)
     for wrong in {"macs": 10}, {"bytes": 10}, {"milliseconds": 1e-9}:
         with pytest.raises(ValueError, match="with the fewest channels"):
-            shrink(model, IMAGE, **wrong)
+            shrink(model, IMAGE, **wrong, groups=groups)
 
 
 def test_global_scope_takes_where_it_is_lowest():

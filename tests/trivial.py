@@ -45,9 +45,11 @@ def key(x) -> str:
     "What a table of examples is asked by."
     if isinstance(x, (list, tuple)):
         return f"({', '.join(map(key, x))})"
-    if isinstance(x, (Tensor, np.ndarray)):
-        x = plain(x)
-        return f"{tuple(x.shape)}{x.tolist()}"
+    if isinstance(x, Tensor):  # by its bytes: numbers as texts take a while
+        held = plain(x).detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return f"{tuple(x.shape)} {x.dtype} {held.tobytes()}"
+    if isinstance(x, np.ndarray):
+        return f"{x.shape} torch.{x.dtype} {x.tobytes()}"
     if isinstance(x, nn.Module):
         return f"{type(x).__name__}{[key(t) for t in x.state_dict().values() if isinstance(t, Tensor)]}"
     return repr(x)
