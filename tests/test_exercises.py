@@ -455,7 +455,7 @@ WRONG = {
         ),
         ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
     ],
-    "06_integers:check_both": [("lambda: 2", "add in squares"), ("lambda: 1", "add in squares")],
+    "06_integers:check_both": [("lambda: 2", "add in squares"), ("lambda: 1.5", "add in squares")],
     "06_integers:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
