@@ -69,8 +69,8 @@ WRONG = {
     ],
     "01_measure:check_none_wrong": [
         ("lambda: 0", "z² / (n + z²)"),
-        ("lambda: 1", "z² / (n + z²)"),
-        ("lambda: 9.8", "z² /"),
+        ("lambda: 3.3", "z² / (n + z²)"),
+        ("lambda: 17.9", "z² /"),
     ],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "the header is given in bytes"),
