@@ -69,8 +69,8 @@ WRONG = {
     ],
     "01_measure:check_none_wrong": [
         ("lambda: 0", "z² / (n + z²)"),
-        ("lambda: 1", "z² / (n + z²)"),
-        ("lambda: 9.8", "z² /"),
+        ("lambda: 3.3", "z² / (n + z²)"),
+        ("lambda: 17.9", "z² /"),
     ],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "the header is given in bytes"),
@@ -455,7 +455,7 @@ WRONG = {
         ),
         ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
     ],
-    "06_integers:check_both": [("lambda: 2", "add in squares"), ("lambda: 1", "add in squares")],
+    "06_integers:check_both": [("lambda: 2", "add in squares"), ("lambda: 1.5", "add in squares")],
     "06_integers:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
