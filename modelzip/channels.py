@@ -147,7 +147,7 @@ class Trace(Record):
         super().__init__(model)
         self.ties = Ties()
 
-    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, f, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         output, name = f(*args, **kwargs), name_of(f)
         if concerns(self, name, args, kwargs, output):
@@ -162,7 +162,7 @@ class Trace(Record):
             "What a tensor carries."
             ...
 
-        def ruled(self, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> 'list[Marks]':
+        def ruled(self, name: str, f, args, kwargs, output) -> 'list[Marks]':
             "What the rule of an operation says; without one, everything that goes in must stay as it is."
             ...
 
@@ -182,7 +182,7 @@ def marks(self: Trace, t: Tensor) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @patch
-def ruled(self: Trace, name: str, f: Any, args: Any, kwargs: Any, output: Any) -> list[Marks]:
+def ruled(self: Trace, name: str, f, args, kwargs, output) -> list[Marks]:
     "What the rule of an operation says; without one, everything that goes in must stay as it is."
     outputs, rule, marks = tensors_of(output), RULES.get(name), None
     if takes(rule, self, f, output, *args, **kwargs):
@@ -195,7 +195,7 @@ def ruled(self: Trace, name: str, f: Any, args: Any, kwargs: Any, output: Any) -
 
 # %% ../nbs/08_channels.ipynb
 @rule(*POINTWISE, *LIFTING)
-def pointwise(t: Trace, f: Any, output: Any, input: Any, *args: Any, **kwargs: Any) -> Marks | None:
+def pointwise(t: Trace, f, output, input, *args, **kwargs) -> Marks | None:
     "f(x) element by element: channels stay where they are."
     if any(isinstance(a, Tensor) for a in args):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -205,7 +205,7 @@ def pointwise(t: Trace, f: Any, output: Any, input: Any, *args: Any, **kwargs: A
 
 # %% ../nbs/08_channels.ipynb
 @rule(*MIXING)
-def mixed(t: Trace, f: Any, output: Any, *args: Any, **kwargs: Any) -> Marks:
+def mixed(t: Trace, f, output, *args, **kwargs) -> Marks:
     "f(x, y) element by element: channels that meet go together."
     args = args[::-1] if getattr(f, "__name__", "").startswith("__r") else args  # 1 / y is y.__rtruediv__(1)
     marks = [t.marks(x) for x in tensors_of((args, kwargs))]
@@ -215,7 +215,7 @@ def mixed(t: Trace, f: Any, output: Any, *args: Any, **kwargs: Any) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule("linear")
-def linear(t: Trace, f: Any, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> Marks:
+def linear(t: Trace, f, output: Tensor, input: Tensor, weight: Tensor, bias=None) -> Marks:
     "y = W x + b: the columns of W belong to x, its rows and b to y."
     x, w = t.marks(input), t.marks(weight)
     inputs, rows = isolate_or_fix(t.ties, x, -1), isolate(t.ties, w, 0)
@@ -250,7 +250,7 @@ def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, w
 
 # %% ../nbs/08_channels.ipynb
 @rule(*"sum nansum mean amax amin max min norm vector_norm var std var_mean prod any all median".split())
-def reduction(t: Trace, f: Any, output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks] | Marks:
+def reduction(t: Trace, f, output, input: Tensor, *args, **kwargs) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
     name, m, outs = name_of(f), t.marks(input), tensors_of(output)
     x, axes = replace(m, blocks=dict(m.blocks)), reduced_axes(name, input.dim(), args, kwargs)
@@ -264,7 +264,7 @@ def reduction(t: Trace, f: Any, output: Any, input: Tensor, *args: Any, **kwargs
 
 # %% ../nbs/08_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(t: Trace, f: Any, output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
+def moved(t: Trace, f, output, input: Tensor, *args, **kwargs) -> list[Marks]:
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)
