@@ -9,7 +9,7 @@ __all__ = ['IN_MODEL', 'stacked_tensors', 'stacked_blocks', 'SideBySide', 'stack
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 import tempfile, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -171,6 +171,9 @@ class FewRows(nn.Module):
         super().__init__()
         in_blocks = isinstance(layer.q, BlockTensor)
         self.most: int
+        self.group: int | None
+        self.prepared: Any
+        self.seven: bool
         self.layer, self.most = layer, FEW if in_blocks or layer.kernel == "int4" else 1
         weight = scales = self.group = None
         if self.most > 1:
@@ -462,6 +465,7 @@ class Program:
     "Compiled code. `run` takes a list: the weights, then what `Between` takes. `RuntimeError` without a compiler."
 
     def __init__(self, between: Between):
+        self.run: Callable[..., list[Tensor]]
         weights, given, grows = between.weights(), between.example(), {0: torch.export.Dim("tokens", min=2)}
         sizes = {name: None for name in weights}, (None, None, None, None, grows, grows, None)
         try:
@@ -477,7 +481,7 @@ class Program:
             said = (str(why).strip().splitlines() or [type(why).__name__])[0]
             raise RuntimeError(f"compiled=True needs torch.export and a C++ compiler, such as g++: {said}") from why
 
-    def __deepcopy__(self, memo: dict) -> "Program":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         return self  # code has nothing to copy
 
 # %% ../../nbs/workshop/quick_llama.ipynb

@@ -458,14 +458,14 @@ def points_of(
 
 def watchable(
     model: nn.Module,
-    layers: tuple | None = None,  # as for `points_of`
+    layers: tuple[type[nn.Module], ...] | None = None,  # as for `points_of`
 ) -> dict[str, Point]:
     """The matrices that can be seen. `ValueError` where there are none.
 
     Parameters
     ----------
     model : nn.Module
-    layers : tuple | None, default None
+    layers : tuple[type[nn.Module], ...] | None, default None
         as for `points_of`
     """
     points, _ = points_of(model, layers)
