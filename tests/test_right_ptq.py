@@ -36,6 +36,7 @@ from modelzip.ptq import (
     smooth_columns,
 )
 from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
+from modelzip.workshop import bites
 from modelzip.workshop.scales import as_columns, rounded, scale_of
 
 
@@ -974,3 +975,21 @@ def test_column_scales_of_overrides_go_before_the_method_s():
     ):
         found = {n: m.q.columns for n, m in made.named_modules() if isinstance(m, Dequantize)}
         assert found["0"] is not None and torch.equal(found["2"], mine) and found["4"] is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (40, 6), (3, 5000), (33, 1000)])
+@pytest.mark.parametrize(
+    "levels, symmetric, dtype",
+    [(16, True, torch.float32), (8, False, torch.float64), (2, True, torch.bfloat16), (256, False, torch.float16)],
+)
+def test_scales_tried_together_are_those_tried_in_turn(monkeypatch, shape, levels, symmetric, dtype):
+    "Of small tensors many ranges are tried in one call: to the bit as one after the other, with zeros and infinities."
+    blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0)).pow(3).to(dtype)
+    if len(blocks) > 3:
+        blocks[0], blocks[1], blocks[2, 0] = 0, blocks[1] * 1e-38, math.inf
+    importance = torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for counts in None, importance:
+        monkeypatch.setattr(bites, "BITE", 1 << 20)
+        together = fitted_scales(blocks, counts, levels, symmetric)
+        monkeypatch.setattr(bites, "BITE", 1)
+        assert all(a.equal(b) for a, b in zip(together, fitted_scales(blocks, counts, levels, symmetric)))

@@ -380,6 +380,8 @@ def lifted(
         and in how many steps
     """
     tiny = torch.finfo(scale.dtype).tiny
+    if not bool((scale < tiny).any()):
+        return scale
     if not bool(scale.new_tensor(tiny) / 2 > 0):
         return scale.clamp(min=tiny)  # where these count as zero (`torch.set_flush_denormal`)
     larger = torch.nextafter(scale, scale.new_tensor(math.inf))

@@ -29,7 +29,7 @@ from modelzip.quant import (
 )
 from .quantize_options import check_layout, scale_shape
 from .floats import check_finite
-from .bites import unit_of_blocks
+from .bites import tried_at_once, unit_of_blocks
 from .rows import as_matrices
 from .statistics import LayerStatistics
 
@@ -63,9 +63,9 @@ def scale_of(
 
 
 def rounded(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    "Each value of [blocks, elements] rounded to the nearest code, and back."
-    z = zero[:, None]
-    return (blocks / scale[:, None]).add_(z).round_().clamp_(0, levels - 1).sub_(z).mul_(scale[:, None])
+    "Each value of [blocks, elements] rounded to the nearest code, and back; rulers may be [tries, blocks]."
+    s, z = scale[..., None], zero[..., None]
+    return (blocks / s).add_(z).round_().clamp_(0, levels - 1).sub_(z).mul_(s)
 
 # %% ../../nbs/workshop/scales.ipynb
 def fitted_scales(
@@ -106,10 +106,13 @@ def fitted_scales(
     unit = unit_of_blocks(blocks)
     blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
     best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-    for share in torch.linspace(1, 0.3, steps).tolist():
-        now = rounded(blocks, *scale_of(near * share, far * share, levels, symmetric), levels).sub_(blocks).square_()
-        now = (now if importance is None else now.mul_(importance)).sum(1)
-        best, error = torch.where(now < error, share, best), torch.minimum(now, error)
+    shares, many = torch.linspace(1, 0.3, steps).tolist(), tried_at_once(blocks)
+    for some in (shares[i : i + many] for i in range(0, steps, many)):
+        ruler = scale_of(*(torch.stack([end * share for share in some]) for end in (near, far)), levels, symmetric)
+        now = rounded(blocks, *ruler, levels).sub_(blocks).square_()
+        now = (now if importance is None else now.mul_(importance)).sum(2)  # nothing large is held while more is made
+        for share, e in zip(some, now):
+            best, error = torch.where(e < error, share, best), torch.minimum(e, error)
     return scale_of(low * best, high * best, levels, symmetric)
 
 # %% ../../nbs/workshop/scales.ipynb
