@@ -37,7 +37,7 @@ def low_byte(
 def float_symbols(
     words: np.ndarray,  # floats of 2, 4 or 8 bytes, seen as unsigned words
 ) -> np.ndarray:  # uint8: the eight bits behind the sign
-    """The symbols of floats that are worth coding: exponents, with what of the fraction has room in a byte.
+    """What is worth coding: exponents, with what of the fraction has room (of 8 bytes: the upper 8 of 11 bits).
 
     Parameters
     ----------

@@ -1381,6 +1381,8 @@ WRONG = {
         ("lambda: [2.0 ** i for i in range(1000)]", "1,000 finite numbers"),
         ("lambda: [2.0 ** (i % 30) for i in range(1000)]", "4.91 bits"),
         ("lambda: [1.0]", "1,000 finite numbers"),
+        ("lambda: [2.0 ** (i % 100 - 50) for i in range(1000)]", "of yours is left"),
+        ("lambda: [1.7 * 2.0 ** i for i in np.random.randint(-60, 60, 1000)]", "of yours is left"),
     ],
     "08b_structured:check_ninety": [("lambda: 6", "no small rank"), ("lambda: 58", "no small rank")],
     "10d_rotations:check_loudest": [("lambda: 100", "100 / √256"), ("lambda: 100 / 256", "100 / √256")],
