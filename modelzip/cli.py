@@ -428,7 +428,8 @@ def _meant(module, name):
     "Which of its own functions and classes somebody may have meant."
     own = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", None) == module.__name__]
     near = misspelt([name], *own)
-    return f"; did you mean {near[1]}?" if near else f"; it has {', '.join(own)}" * bool(own)
+    some = own if len(own) < 9 else [*own[:8], "…"]
+    return f"; did you mean {near[1]}?" if near else f"; it has {', '.join(some)}" * bool(own)
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_gguf(path, own=None):
@@ -675,7 +676,8 @@ class _Own:
     "What --model names, and whether any model was made by it."
 
     def __init__(self, text):
-        if ":" not in text:
+        module, _, name = text.partition(":")
+        if not name or not module or module.startswith("."):
             raise ValueError(f"--model is {text!r}; it may be package.module:class, or a function that returns a model")
         self.text, self.needed = text, False
 

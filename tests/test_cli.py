@@ -587,15 +587,20 @@ def test_what_names_no_model_says_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tagging.py").write_text("from torch import nn\nclass Tagger(nn.Linear): ...\n")
     (tmp_path / "lacking.py").write_text("import no_such_module\n")
+    (tmp_path / "many.py").write_text("".join(f"def f{i}(): ...\n" for i in range(300)))
     for what, says in {
         "tagger:Tagger": "there is no module tagger, neither in ",
         "tagging:Taggr": "tagging has no 'Taggr'; did you mean Tagger?",
         "tagging:Other": "tagging has no 'Other'; it has Tagger",
         "lacking:Tagger": "No module named 'no_such_module' (lacking.py, line 1)",
+        "many:Other": "many has no 'Other'; it has f0, f1, f2, f3, f4, f5, f6, f7, …",
     }.items():
         assert cli(["bench", what, "--input", "1x4"]) == 2
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1 and "frozen" not in err, err
+    for what in "tagging", ":Tagger", "tagging:", ".tagging:Tagger":
+        assert cli(["compress", "no.pt", "-o", "x.mz", "--bits", "4", "--model", what]) == 2
+        assert f"--model is {what!r}; it may be package.module:class" in capsys.readouterr().err
 
 
 def test_run_says_what_it_needs_before_it_computes(place, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from modelzip.pack import load, read_tensor, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.quant import Dequantize, quantize_model
 from modelzip.trellis import trellis_weight
+from test_streams import WRONG_PAIRS, stream_of_pairs
 
 FILES = Path(__file__).resolve().parent / "files"
 RECORD = ROOT / "bench/results/record.mz"
@@ -169,6 +170,12 @@ def test_files_of_every_version(reader):
 def test_codes_that_the_reader_says_it_does_not_know(reader):
     (found,) = reader(ALL, [coded((FILES / "version5_gguf.mz").read_bytes())])
     assert found["Q8_0"] == '"Q8_0" is of the kind "gguf coded", which this reader does not know'
+
+
+def test_pairs_of_floats_have_one_form(reader):
+    tried = "return arguments[0].map(text => tried(() => mz.parts.readStream(bytesOf(text), 32768).bytes.length))"
+    good, *wrong = reader(tried, [coded(stream_of_pairs(*w)) for w in [(bytes(4),), *WRONG_PAIRS.values()]])
+    assert good == 1 << 15 and all(isinstance(w, str) and ("stray" in w or "halves" in w) for w in wrong), wrong
 
 
 def test_zstandard_frames(reader):

@@ -416,6 +416,32 @@ def test_nonsense_in_a_chunk_of_floats():
     assert fine > 100 and refused > 1000
 
 
+WRONG_PAIRS = dict(  # what is not as the specification has it: where, and what is there instead
+    order=(struct.pack("<I2H2B", 2, 9, 3, 1, 2), b""),
+    twice=(struct.pack("<I2H2B", 2, 9, 9, 1, 2), b""),
+    many=(struct.pack("<I", 300_000) + bytes(900_000), b""),
+    behind=(struct.pack("<IHB", 1, 1 << 13, 1), b""),
+    lower=(bytes(4), blocks.zstd_compress(bytes(1 << 14))),
+)
+
+
+def stream_of_pairs(strays, lower=b"", n=1 << 13):  # of float32; lower: coded halves in place of plain ones
+    halves = bytes([blocks.ZSTD if lower else blocks.RAW]) + (lower or bytes(2 * n))
+    chunk = bytes([blocks.FLOAT_PAIRS, 100, 1]) + blocks.pieces(
+        bytes([blocks.RAW]) + strays, bytes([blocks.RAW]) + bytes(n // 2), bytes([blocks.RAW]) + bytes(n), halves
+    )
+    data = b"\0\4" + write_varint(4 * n) + write_varint(len(chunk)) + chunk
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("name", WRONG_PAIRS)
+def test_pairs_of_floats_have_one_form(name):
+    "Strays come in order and once, so never more than there are elements; halves are not coded."
+    assert len(decode(stream_of_pairs(struct.pack("<I2H2B", 2, 3, 9, 1, 2)))) == 1 << 15
+    with pytest.raises(CodingError, match="strays? of|lower halves"):
+        decode(stream_of_pairs(*WRONG_PAIRS[name]))
+
+
 def planes_with_room(x):
     "The pieces of a chunk as they once were: the symbols begin a bit later, and of the rest an eighth rides on others."
     words = np.frombuffer(raw(x), f"u{x.itemsize}").astype("u8") >> 8 * (x.itemsize - 2)

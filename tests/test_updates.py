@@ -147,6 +147,29 @@ def test_of_another_model_nothing_is_an_update(tmp_path, archive):
         assert update.read_bytes() == alone.read_bytes() and updates.bases_of(update) == []
 
 
+class Beside(nn.Module):
+    "Weights that differ from those of another seed, and a large tensor that is the same."
+
+    def __init__(self, seed, same):
+        super().__init__()
+        with seeded(seed):
+            self.fc = nn.Linear(100, 100)
+        self.register_buffer("same", same)
+
+
+@pytest.mark.parametrize("same", ["zeros", "steps"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_is_spared_is_what_it_would_take(tmp_path, archive, same):
+    "Numbers that are coded to next to nothing spare next to nothing; large mapped ones, zeros too, have their bytes."
+    same = torch.zeros(50_000) if same == "zeros" else torch.arange(50_000).div(1000).floor()
+    old, new = Beside(1, same), Beside(2, same)
+    full = save(new, tmp_path / "full.mz", archive).stat().st_size
+    update = save(new, tmp_path / "new.mz", archive, base=save(old, tmp_path / "old.mz", archive))
+    spared = full - update.stat().st_size
+    assert (inspect(update).base is None) == archive and (spared == 0 if archive else spared > 190_000)
+    assert mutations.state(load(update, old)) == mutations.state(new)
+
+
 def test_chains_end(tmp_path):
     m, paths = nn.Linear(4, 3), []
     for i in range(MOST_BASES + 1):

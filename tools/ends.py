@@ -8,7 +8,7 @@ called decides which Python it is: `python3.10` (what settings.ini names) for th
 A PyTorch that lies in the folder already, such as the build for CPUs, is kept where its version fits.
 """
 
-import configparser, os, subprocess, sys
+import configparser, os, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,8 @@ def run(end, python):
     folder = ROOT / f".venv-{end}"
     bin = folder / "bin" / "python"
     if not bin.exists():
+        if shutil.which(python) is None:
+            sys.exit(f"there is no {python}; say which Python it may be: python tools/ends.py {end} PYTHON")
         subprocess.run([python, "-m", "venv", folder], check=True)
     pip = [bin, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *["--upgrade"] * (end == "newest"), *requirements(end)], check=True, cwd=ROOT)

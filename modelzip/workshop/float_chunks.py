@@ -87,7 +87,7 @@ def coded_strays(
 
 
 def put_strays(data: bytes, symbols: np.ndarray) -> None:  # from `coded_strays`; changed
-    """Put each into its place; `CodingError` for a place that there is not.
+    """Put each into its place; `CodingError` for a place that there is not, and for places that are not in order.
 
     Parameters
     ----------
@@ -102,11 +102,13 @@ def put_strays(data: bytes, symbols: np.ndarray) -> None:  # from `coded_strays`
     blocks = -(-len(symbols) >> 16)
     counts = np.frombuffer(data, "<u4", blocks) if blocks and len(data) >= 4 * blocks else np.zeros(0, "u4")
     n = int(counts.sum(dtype=np.int64))
-    if len(data) != 4 * blocks + 3 * n:
+    if n > len(symbols) or len(data) != 4 * blocks + 3 * n:
         raise CodingError("the strays of a chunk of floats have a wrong size")
     at = np.frombuffer(data, "<u2", n, 4 * blocks) + np.repeat(np.arange(blocks) << 16, counts)
     if n and int(at.max()) >= len(symbols):
         raise CodingError("a stray of a chunk of floats lies behind its end")
+    if np.any(at[1:] <= at[:-1]):
+        raise CodingError("the strays of a chunk of floats are out of order")
     symbols[at] = np.frombuffer(data, np.uint8, n, 4 * blocks + 2 * n)
 
 # %% ../../nbs/workshop/float_chunks.ipynb
@@ -221,6 +223,8 @@ def expand_pairs(chunk: bytes, words: np.ndarray, first: int, together: int) -> 
     join_floats(symbols, rest, [], half := np.empty(n, "<u2"))
     words[:] = half
     words <<= np.uint32(16)
+    if bytes(low[0][:1]) != bytes([RAW]):
+        raise CodingError("the lower halves of floats are coded")
     half.view(np.uint8)[:] = expand_bytes(low[0], 2 * n)  # where words may begin; in a file they lie anywhere
     words |= half
 

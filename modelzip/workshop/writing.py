@@ -97,8 +97,11 @@ def coded_pieces(
             if piece.source is not None:
                 old = piece.source.read()
                 if identical(old, piece.tensor):
-                    data, k = as_bytes(old), old.element_size()
-                    piece.spared = 0 if data[k:] == data[:-k] else len(data)  # the ones of norms are any model's
+                    data, k, there = as_bytes(old), old.element_size(), piece.source.part
+                    known = coded and there.base is None and there.coded  # what it takes in its own file
+                    small = coded or len(data) < LARGE
+                    constant = small and data[k:] == data[:-k]  # the ones of norms are any model's
+                    piece.spared = 0 if constant else known or len(data)
                     return piece, None, align
                 if coded:
                     changed = stream_parts(difference(piece.tensor, old, piece.packed), *how, inner.map, prove)

@@ -554,9 +554,11 @@ const mz = (() => {
       for (let i = 0; i < half; i++) { a[i] = first + (pairs[i] & 15); a[half + i] = first + (pairs[i] >> 4); }
       const number = count => strays.take(count).reduceRight((sum, b) => 256 * sum + b, 0), places = [];
       const counts = Array.from({ length: Math.ceil(n / 65536) }, () => number(4));
-      demand(strays.left === 3 * counts.reduce((x, y) => x + y, 0), "the strays of a chunk have a wrong size");
+      const all = counts.reduce((x, y) => x + y, 0);
+      demand(all <= n && strays.left === 3 * all, "the strays of a chunk have a wrong size");
       counts.forEach((count, block) => { while (count--) places.push(65536 * block + number(2)); });
       demand(places.every(at => at < n), "a stray lies behind the end of its chunk");
+      demand(places.every((at, i) => !i || at > places[i - 1]), "the strays of a chunk are out of order");
       for (const at of places) a[at] = strays.byte();
       const b = plane(n);
       for (let i = 0; i < n; i++) put(i, (b[i] & 128) << 8 | a[i] << 7 | b[i] & 127);
