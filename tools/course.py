@@ -208,7 +208,7 @@ def output(out):
     if "text/html" in data:
         return data["text/html"]
     if "image/svg+xml" in data:
-        return site.figures().in_page(data["image/svg+xml"], "")
+        return site.figures.in_page(data["image/svg+xml"], "")
     if "image/png" in data:
         return f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">'
     if "text/markdown" in data:
