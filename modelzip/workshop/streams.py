@@ -55,7 +55,7 @@ def code_elements(
     tries = []
     if not whole and len(data) and width in (1, 2, 4, 8):
         chunk, ordinary = code_floats(data, width)
-        if ordinary and data.nbytes >= 512 and looks_ordinary(data, width):  # fewer are soon tried in every way
+        if ordinary and data.nbytes >= 1 << 16 and looks_ordinary(data, width):  # fewer are soon tried in every way
             return chunk
         tries.append((chunk[0], chunk[1:]))
     plain = code_bytes(data)
