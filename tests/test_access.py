@@ -6,6 +6,7 @@ import importlib.util, json, re
 from pathlib import Path
 
 import access
+import book
 import figures
 import nbformat
 import paper
@@ -140,7 +141,6 @@ def test_frames_of_explorers_take_the_colours_of_their_page():
 
 def test_a_figure_is_kept_once():
     "As strokes, unless they take over twice the bytes of pixels."
-    book = site.tool("book")
     kept = {}
     for strokes in 0, 190, 290:
         cell = nbformat.v4.new_code_cell()

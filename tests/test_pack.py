@@ -100,6 +100,7 @@ class Wide(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.plain = nn.Linear(150, 120)
+        self.register_buffer("half", torch.randn(40_000).half())
         self.register_buffer("sparse", (torch.rand(30_000) < 0.02).float())
         for name, how in {
             "eight": dict(bits=8),
@@ -740,7 +741,7 @@ def test_all_ways_of_storing(tmp_path, wide):
     "Each way in which a part can be stored occurs, and gives back the same bits: whole, mapped, and one by one."
     archived, mapped = save(wide, tmp_path / "a.mz"), save(wide, tmp_path / "m.mz", archive=False)
     used = {c for l in inspect(archived).lines for c in l.coder.split("; ")}
-    assert {"raw", "float planes", "values", "rans"} <= used, used
+    assert {"raw", "float planes", "float pairs", "values", "rans"} <= used, used
     for got in (
         load(archived, wide),
         load(mapped, wide),

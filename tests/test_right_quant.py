@@ -757,8 +757,10 @@ def test_errors_name_the_layer():
         quantize_model(nn.Sequential(nn.Linear(3, 3, device="meta")))
     with pytest.raises(TypeError, match="bitz"):
         quantize_model(nn.Linear(3, 3), bitz=3)
-    with pytest.raises(TypeError, match="weight: axis follows"):
+    with pytest.raises(TypeError, match=r"axis is no argument of quantize_model\(\); it has .*per_channel"):
         quantize_model(nn.Linear(3, 3), axis=1)
+    with pytest.raises(TypeError, match="weight: axis follows"):
+        quantize_model(nn.Linear(3, 3), overrides={"": {"axis": 1}})
 
 
 def test_layers_without_numbers():
