@@ -100,7 +100,7 @@ class Wide(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.plain = nn.Linear(150, 120)
-        self.register_buffer("half", torch.randn(40_000).half())
+        self.register_buffer("halves", torch.randn(40_000).half())
         self.register_buffer("sparse", (torch.rand(30_000) < 0.02).float())
         for name, how in {
             "eight": dict(bits=8),
