@@ -65,7 +65,7 @@ def coder_of(who, name):
     import torch
     from modelzip.coding import decode, encode
     from modelzip.lossless import float_rest, float_symbols, join_floats, low_byte
-    from modelzip.workshop.blocks import code_bytes, expand_bytes, zstd_compress, zstd_expand
+    from modelzip.workshop.blocks import code_bytes, expand_bytes, zstd_compress
     from modelzip.workshop.float_chunks import HUFFMAN, code_plane
     from modelzip.workshop import streams
     from modelzip.workshop.planes import byte_planes

@@ -120,8 +120,8 @@ OPEN = (
 
 def open_in_a_frame(browser, address, page, widths):
     """A page of the site in a frame that is laid out and not painted: two thirds of the work of a window, and the same
-    layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then, and how many pixels
-    the smallest letter of its figures has."""
+    layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then, and
+    how many pixels the smallest letter of its figures has."""
     if browser.current_url != address + FRAMES:
         browser.get(address + FRAMES)
     browser.switch_to.default_content()

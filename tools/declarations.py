@@ -6,7 +6,9 @@ annotation, each may infer as something else. tools/export.py gives each cell th
 runs. The notebooks stay as they are.
 """
 
-import ast, copy, re, textwrap
+import ast, copy, textwrap
+
+from docstrings import spots
 
 HEAD = "    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch"
 WIDTH = 120
@@ -69,7 +71,7 @@ def declaration(node, mark, classes):
     for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
         if p is not None and p.annotation is not None:
             p.annotation = quoted(p.annotation, classes)
-    given, returns = arguments(a), f" -> {ast.unparse(quoted(f.returns, classes))}" if f.returns else ""
+    given, returns = arguments(f), f" -> {ast.unparse(quoted(f.returns, classes))}" if f.returns else ""
     head = f"def {f.name}({', '.join(given)}){returns}:"
     if len(head) > WIDTH - 8:
         head = f"def {f.name}(\n    " + "\n    ".join(a + "," for a in given) + f"\n){returns}:"
@@ -87,21 +89,18 @@ def quoted(kind, classes):
     return ast.Constant(in_text(kind)) if known else kind
 
 
-def arguments(args):
+def arguments(node):
     "Each argument as text, with stars, annotation and default."
-    text = ast.unparse(args)
-    cuts, depth, within = [-1], 0, None
-    for i, c in enumerate(text):
-        if within:
-            within = None if c == within else within
-        elif c in "\"'":
-            within = c
-        else:
-            depth += (c in "([{") - (c in ")]}")
-            if c == "," and not depth:
-                cuts.append(i)
-    each = [text[a + 1 : b].strip() for a, b in zip(cuts, [*cuts[1:], len(text)])]
-    return [re.sub(r"^(\w+: [^=]*)=", r"\1 = ", a) for a in each]
+    given = [
+        name + (f": {ast.unparse(kind)}" if kind else "") + (f"{' = ' if kind else '='}{ast.unparse(d)}" if d else "")
+        for name, kind, d, *_ in spots(node)
+    ]
+    a = node.args
+    if a.kwonlyargs and not a.vararg:
+        given.insert(len(a.posonlyargs) + len(a.args), "*")
+    if a.posonlyargs:
+        given.insert(len(a.posonlyargs), "/")
+    return given
 
 
 def attributes(c, classes):

@@ -300,15 +300,15 @@ def based(
 
 
 def bases_of(
-    path: str | os.PathLike,
-    base: str | os.PathLike | None = None,  # where its base is, if it has one; None: beside it
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,  # where its base is, if it has one; None: beside it
 ) -> list[str]:  # paths; none of a file that is no update
     """All files without which a file cannot be read.
 
     Parameters
     ----------
-    path : str | os.PathLike
-    base : str | os.PathLike | None, default None
+    path : str | os.PathLike[str]
+    base : str | os.PathLike[str] | None, default None
         where its base is, if it has one; None: beside it
 
     Returns
@@ -318,9 +318,7 @@ def bases_of(
     """
     with open_file(path) as file:
         manifest, rows, _ = read_manifest(as_mapped(file))
-        if "base" not in manifest:
-            return []
-        with chain(manifest, rows, path, base, 1) as (_, below):
+        with chain(manifest, rows, path, base if "base" in manifest else None, 1) as (_, below):
             return below
 
 
