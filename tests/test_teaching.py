@@ -354,9 +354,9 @@ def test_model_answers_that_no_cell_computes(tmp_path):
     assert n == [1]
 
     rows = {r["name"]: r for r in json.loads((ROOT / "bench/results/tour.json").read_text())["rows"]}
-    small = rows["half the multiplications, 4-bit weights"], rows["student of 19,454 parameters, distilled"]
+    small = rows["half the multiplications, 4-bit weights"]
     three = [r["accuracy"] for name, r in rows.items() if name.startswith("3-bit")]
-    assert all(r["bytes"] < 100_000 and r["accuracy"] >= max(three) for r in small)
+    assert small["bytes"] < 100_000 and small["accuracy"] >= max(three)
     with seeded(0):
         net = LeNet5()
         for p in net.parameters():
