@@ -27,7 +27,11 @@ else: runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 SHELL = """
-forked() {{ printf '%s\\0' '{packages}' $$ "$PWD" "$@" > '{place}/asks'; read -r status < '{place}/answers'; return "$status"; }}
+forked() {{
+  printf '%s\\0' '{packages}' $$ "$PWD" "$@" > '{place}/asks'
+  read -r status < '{place}/answers'
+  return "$status"
+}}
 python() {{ forked "$@"; }}
 modelzip() {{ forked '{bin}/modelzip' "$@"; }}
 """
