@@ -110,14 +110,17 @@ def near(got, want, relative):
         assert (a.double() - b.double()).norm() <= relative * b.double().norm() + 1e-6
 
 
+@pytest.mark.hypothesis  # so that a search comes here: every model on every engine
 @pytest.mark.parametrize("name", MODELS)
 def test_every_engine_agrees(name):
-    "On another batch and length than the example's; the same bits when asked again; the model as it was."
+    """On another batch and length than the example's; the same bits when asked again; the model as it was. (Of two
+    models of images one engine meets one, the next one the other.)"""
     make, inputs, free = MODELS[name]
     model, example = make().train(), inputs(2, 6)
     before, count = copy.deepcopy(model.state_dict()), torch.get_num_threads()
     want = copy.deepcopy(model).eval()
-    for engine in PRESENT:
+    i = [*MODELS].index(name)
+    for engine in PRESENT if FUZZ or i > 1 else PRESENT[i::2]:
         state = torch.random.get_rng_state()
         found = deploy(model, example, engine, threads=1, dynamic=free)
         assert torch.equal(torch.random.get_rng_state(), state) and torch.get_num_threads() == count

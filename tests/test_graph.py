@@ -100,8 +100,10 @@ def files(tmp_path_factory):
     for way, make in WAYS.items():
         write_down(make(model, x), x, folder / f"LeNet5 {way}.mz", example=x)
     if (
-        real := smollm2_blocks(["the cat sat on the mat and the dog ran to the house of the man"], blocks=1)
-    ) is not None:
+        FUZZ
+        and (real := smollm2_blocks(["the cat sat on the mat and the dog ran to the house of the man"], blocks=1))
+        is not None
+    ):
         own = copy.deepcopy(real[0])
         own.words = nn.Embedding.from_pretrained(own.words.weight[:2000].detach().clone(), freeze=False)
         write_down(

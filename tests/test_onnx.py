@@ -257,9 +257,13 @@ class Recurrent(nn.Module):
         return self.head(y), *(ends if isinstance(ends, tuple) else (ends,))
 
 
-@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+ONE, TWO = dict(batch_first=True), dict(num_layers=2, bidirectional=True, bias=False)
+
+
+@pytest.mark.hypothesis  # so that a search comes here: every layer with both
 @pytest.mark.parametrize(
-    "options", [dict(batch_first=True), dict(num_layers=2, bidirectional=True, bias=False)], ids=["one", "two"]
+    "cls, options",
+    [(nn.LSTM, ONE), (nn.GRU, TWO), (nn.RNN, ONE), *[(nn.LSTM, TWO), (nn.GRU, ONE), (nn.RNN, TWO)] * bool(FUZZ)],
 )
 def test_recurrent_layers_of_any_length(cls, options, tmp_path):
     torch.manual_seed(0)
@@ -283,6 +287,7 @@ def test_recurrent_layers_of_any_length(cls, options, tmp_path):
                 near(got, want, 1e-4)
 
 
+@pytest.mark.hypothesis  # so that a search comes here, also without integer products (of 8 bits: `test_whole_models`)
 def test_four_bits_with_every_sort_of_layer(tmp_path):
     "Attention, an LSTM and convolutions around layers of 4 bits."
     torch.manual_seed(0)
@@ -298,7 +303,7 @@ def test_four_bits_with_every_sort_of_layer(tmp_path):
             return self.head(self.lstm(self.blocks(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)))[0])
 
     model = quantize_model(Model().eval(), 4, group=32)
-    for m in (model, use_kernels(model)):
+    for m in (model, use_kernels(model)) if FUZZ else (use_kernels(model),):
         run = onnx_model(
             to_onnx(m, tmp_path / "m.onnx", torch.randint(0, 100, (2, 7)), dynamic={0: "batch", 1: "length"})
         )
@@ -339,7 +344,7 @@ WITH_FAST_PATHS = {
 
 @pytest.mark.hypothesis  # so that a search comes here
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("name", share(WITH_FAST_PATHS, 3))
+@pytest.mark.parametrize("name", share([*WITH_FAST_PATHS][1:], 2) + ["encoder"] * bool(FUZZ))  # which stands below, too
 def test_fast_paths_are_spelled_out(name, tmp_path):
     torch.manual_seed(0)
     model = quantize_model(WITH_FAST_PATHS[name]().eval(), 8, overrides={"body*": None, "*": {}})

@@ -43,7 +43,7 @@ from modelzip.ptq import (
     smooth_columns,
 )
 from modelzip.quant import Dequantize, quantize, quantize_model
-from guards import examples, seen_by, turns
+from guards import FUZZ, examples, seen_by, turns
 
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -141,10 +141,22 @@ def test_inverse_factor_of_singular_matrices():
         assert U.isfinite().all() and (U.diagonal() > 0).all() and torch.equal(U, U.triu())
 
 
+SHAPES = (6, 20), (4, 3, 3, 3), (1, 1), (3, 7)
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.hypothesis  # so that a search comes here: all of them
 @pytest.mark.parametrize("method", [nearest_weight, gptq_weight, hqq_weight])
-@pytest.mark.parametrize("shape", [(6, 20), (4, 3, 3, 3), (1, 1), (3, 7)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(  # else each two of a shape, a type and a number of bits meet
+    "shape, dtype, bits",
+    [
+        (shape, dtype, bits)
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+        for k, bits in enumerate((1, 2, 4, 8))
+        if FUZZ or k == (i + j) % 4
+    ],
+)
 def test_methods_keep_shape_and_dtype(method, shape, dtype, bits):
     w, n = torch.randn(shape).to(dtype), math.prod(shape[1:])
     x = torch.randn(50, n)

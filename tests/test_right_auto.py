@@ -320,7 +320,7 @@ def test_threads_say_what_one_says(judge, tmp_path):
     model = seeded(Noisy).train()
     model.body[1].eval()
     data = Split(noise(60, 8), torch.arange(60) % 4)
-    grid = {"bits": share([2, 3, 4, 6, 8], 3), "how": ["plain", "trained"]}
+    grid = {"bits": share([2, 3, 4, 6, 8], 2), "how": ["plain", "trained"]}
     with unchanged(model, data.x, data.y):
         one = sweep(some_steps, grid, model, data, folder=tmp_path / "one", evaluate=judge, progress=False)
     with unchanged(model, data.x, data.y), ThreadPoolExecutor(4) as pool:
@@ -971,7 +971,7 @@ def test_all_matrices_are_compressed_by_compress_and_recipes(name, tmp_path):
             "both": lambda: Recipe([("quantize_model", {"bits": 8}), "quantize_others"])(model),
             "others": lambda: quantize_others(model, 8),
         }
-        results = turns(list(MATRICES).index(name), ways, 3)
+        results = turns(list(MATRICES).index(name), ways, 2)
     for how, small in results.items():
         codes_alone(model, small, x)
         left = {n for n, p in small.named_parameters() if p.dim() > 1}

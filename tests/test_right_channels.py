@@ -289,7 +289,8 @@ def holds(seed):
     return choice
 
 
-@pytest.mark.parametrize("seed", range(1000, 1000 + 2 * examples(8)) if examples(1) > 1 else range(16))
+@pytest.mark.hypothesis  # so that a search comes here, to others
+@pytest.mark.parametrize("seed", range(1000, 1000 + examples(16)) if FUZZ else range(8))
 def test_random_programs(seed):
     holds(seed)
 
@@ -1182,7 +1183,11 @@ def others(name):
     ), {"pixel_values": PICTURE}
 
 
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "T5", "ViT", "CLIP", "Swin", "ConvNeXt", "ResNet"])
+IN_CLIP = ["BERT", "ViT"]  # a text's encoder and a picture's
+
+
+@pytest.mark.hypothesis  # so that a search comes here, to all
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "T5", "CLIP", *IN_CLIP * bool(FUZZ), "Swin", "ConvNeXt", "ResNet"])
 def test_models_of_others(name):
     model, x = others(name)
     for n, b in model.named_buffers():

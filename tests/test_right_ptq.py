@@ -450,7 +450,7 @@ def test_all_matrices_are_compressed_by_every_method_and_the_codes_alone_run(kin
             "smooth": lambda: smooth(model, seen),
             "hqq": lambda: hqq(model, 8, group=8),
         }
-        made = turns(KINDS.index(kind), ways, 3)
+        made = turns(KINDS.index(kind), ways, 2)
     near, y = quantize_model(model, 4)(batches[0]), model(batches[0])
     for how, q in made.items():
         left = [n for n, p in q.named_parameters() if p.dim() > 1]

@@ -1,9 +1,8 @@
 "The wheel, in an environment that holds the declared requirements and nothing else."
 
-import fcntl, functools
+import fcntl
 import importlib.metadata as metadata
 import json, os, re, shutil, subprocess, sys, zipfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def required_by(extras):
     return required | {name: metadata.distribution(name) for name in extras if "-" in name}
 
 
-def install(wheel, place, extras=()):
+def install(wheel, place):
     "An empty environment with the wheel and what it requires."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     python = place / "bin" / "python"
@@ -80,8 +79,18 @@ def install(wheel, place, extras=()):
         ],
         check=True,
     )
+    add(required_by(()), packages_of(place))
+
+
+def packages_of(place):
+    "Where an environment has its packages."
     (site,) = (place / "lib").glob("python*/site-packages")
-    for dist in required_by(extras).values():
+    return site
+
+
+def add(required, site):
+    "Distributions that are installed here, to be found in a folder, too."
+    for dist in required.values():
         for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
             target = site / top
             if not target.exists():
@@ -126,34 +135,28 @@ def wheel(once):
 
 @pytest.fixture(scope="module")
 def installed(wheel, once):
-    "An environment for some extras; the tests that need the same share it."
-
-    @functools.cache
-    def made(extras=()):
-        place = once("_".join(["env", *extras]), lambda folder: install(wheel, folder, extras))
-        return place / "bin" / "python", required_by(extras)
-
-    return made
+    return once("env", lambda place: install(wheel, place))
 
 
 @pytest.fixture(scope="module")
-def pasted(installed, tmp_path_factory):
-    "A function that pastes a text into a shell of the environment for some extras."
-    with ExitStack() as open_:
-        started = functools.cache(
-            lambda extras: open_.enter_context(forking(installed(extras)[0], tmp_path_factory.mktemp("forks") / "of"))
-        )
-        yield lambda text, extras, **how: started(extras)(text, **how)
+def pasted(installed, once, tmp_path_factory):
+    "A function that pastes a text into a shell of the environment, to which some extras were added."
+
+    def packages(extras):
+        def make(folder):
+            folder.mkdir()
+            for found in packages_of(installed).iterdir():
+                (folder / found.name).symlink_to(found)
+            add(required_by(extras), folder)
+
+        return once("_".join(["packages", *extras]), make)
+
+    with forking(installed / "bin" / "python", tmp_path_factory.mktemp("forks") / "of") as paste:
+        yield lambda text, extras, **how: paste(text, packages(extras), **how)
 
 
-@pytest.fixture(scope="module")
-def environment(wheel, installed):
-    python, required = installed()
-    return python, wheel, required
-
-
-def test_requirements_are_few(environment):
-    _, _, required = environment
+def test_requirements_are_few():
+    required = required_by(())
     assert {"numpy", "torch", "safetensors", "zstandard", "constriction", "tqdm"} <= set(required)
     assert not {"nbdev", "execnb", "jupyterlab", "transformers", "matplotlib", "ipywidgets", "ipython"} & set(required)
 
@@ -175,15 +178,16 @@ def test_all_extras_resolve(wheel):
     assert {"notebook", "data", "hf", "onnx", "language", "cli"} <= extras.keys()
 
 
-def test_wheel_works_in_an_empty_environment(environment, tmp_path):
-    python, _, _ = environment
-    done = subprocess.run([str(python), "-I", "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+def test_wheel_works_in_an_empty_environment(installed, tmp_path):
+    done = subprocess.run(
+        [str(installed / "bin" / "python"), "-I", "-c", USE], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "wheel works" in done.stdout
 
 
-def test_wheel_holds_the_library_alone(environment):
-    names = zipfile.ZipFile(environment[1]).namelist()
+def test_wheel_holds_the_library_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     assert all(n.startswith(("modelzip/", "modelzip-")) for n in names), names
     assert {"modelzip/quant.py", "modelzip/py.typed"} <= {*names} and not any(n.endswith(".ipynb") for n in names)
 
@@ -230,7 +234,7 @@ def test_the_readme_shows_the_command_line(pasted, installed, tmp_path):
         "python -c 'import torch; from modelzip.exchange import to_gguf as w; w({\"a\": torch.eye(9)}, \"model.gguf\")'"
     )
     said, quiet = "", {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = installed()[0].with_name("modelzip")  # by itself, too: below, forks run what it holds
+    command = installed / "bin" / "modelzip"  # by itself, too: below, forks run what it holds
     assert "compress" in subprocess.run([str(command), "--help"], capture_output=True, text=True, check=True).stdout
     for text, extras in blocks("sh"):
         text, n = re.subn(r"^cp .* model\.gguf  # or yours$", small, text, flags=re.M)  # 98 MB would take half a minute
