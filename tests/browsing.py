@@ -100,32 +100,58 @@ LETTERS = """
       const written = [t, ...t.querySelectorAll('tspan')].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()));
       return Math.max(...written.map(e => parseFloat(e.ownerDocument.defaultView.getComputedStyle(e).fontSize))) * scale(t);
     });"""
-OPEN = (
+MEASURED = (
     LETTERS
     + """
-    const [page, widths, done] = arguments, frame = document.createElement('iframe');
-    frame.style = 'border: 0; height: 900px; opacity: 0';
-    frame.width = widths[0];
-    frame.onload = () => done(widths.map(width => {
+    const [page, widths, done] = arguments;
+    const measured = frame => done(widths.map(width => {
       frame.width = width;
       const shown = frame.contentDocument, main = shown.querySelector('main');
       const scale = t => (m => t.getBoundingClientRect().width ? Math.hypot(m.a, m.b) : Infinity)(t.getScreenCTM());
       const least = Math.min(99, ...letters(main, scale));
       return [shown.documentElement.scrollWidth, frame.contentWindow.innerWidth, main.offsetWidth, least];
     }));
-    frame.src = page;
-    document.body.replaceChildren(frame);"""
+    const opened = () => {
+      const frame = document.createElement('iframe');
+      frame.style = 'border: 0; height: 900px; opacity: 0';
+      frame.width = widths[0];
+      frame.onload = () => measured(frame);
+      frame.src = page;
+      return frame;
+    };"""
+)
+OPEN = MEASURED + "document.body.replaceChildren(opened());"
+LAY_OUT = (
+    MEASURED
+    + """
+    fetch(page).then(answer => answer.text()).then(async text => {
+      const other = new DOMParser().parseFromString(text, 'text/html');
+      const asks = [...other.querySelectorAll('script, style, link[rel=stylesheet]')].map(e => e.outerHTML).join();
+      const like = [...document.querySelectorAll('iframe')].find(frame => frame.asks == asks);
+      if (!like) return document.body.append(Object.assign(opened(), { asks }));
+      const shown = like.contentDocument;
+      shown.documentElement.lang = other.documentElement.lang;
+      shown.body.replaceWith(shown.adoptNode(other.body));
+      await Promise.all([...shown.images].map(image => image.decode()));
+      measured(like);
+    }).catch(error => done(String(error)));"""
 )
 
 
-def open_in_a_frame(browser, address, page, widths):
+def open_in_a_frame(browser, address, page, widths, script=OPEN):
     """A page of the site in a frame that is laid out and not painted: two thirds of the work of a window, and the same
     layout. It is made each of the widths in turn, and says how wide its content, its window and its text are then, and
     how many pixels the smallest letter of its figures has."""
     if browser.current_url != address + FRAMES:
         browser.get(address + FRAMES)
     browser.switch_to.default_content()
-    return browser.execute_async_script(OPEN, page, widths)
+    return browser.execute_async_script(script, page, widths)
+
+
+def lay_out_in_a_frame(browser, address, page, widths):
+    """The same of a page on which no script has anything to do. One with the same styles and scripts as a page that is in
+    a frame takes its place there, which is half the work of opening it."""
+    return open_in_a_frame(browser, address, page, widths, LAY_OUT)
 
 
 def wait(browser, script, *arguments, seconds=5):

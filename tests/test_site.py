@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from browsing import LETTERS, ROOT, asked_elsewhere, browser_only, complaints, open_in_a_frame, site, wait
+from browsing import (
+    LETTERS,
+    ROOT,
+    asked_elsewhere,
+    browser_only,
+    complaints,
+    lay_out_in_a_frame,
+    open_in_a_frame,
+    site,
+    wait,
+)
 from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
@@ -491,13 +501,13 @@ def test_what_moves_and_what_is_typeset(browser, address, chapter):
 @pytest.mark.parametrize("page", STILL)
 def test_pages_fit_the_window(browser, address, page):
     "The others: those on which something moves are measured above."
-    fits_the_window(browser, address, page)
+    fits_the_window(browser, address, page, lay_out_in_a_frame)
 
 
-def fits_the_window(browser, address, page):
+def fits_the_window(browser, address, page, seen=open_in_a_frame):
     "A telephone's, and then a computer's; letters of figures that are not folded have at least 11 pixels on either."
     widths = 390, 1280
-    for width, (wide, inner, main, least) in zip(widths, open_in_a_frame(browser, address, f"{page}.html", widths)):
+    for width, (wide, inner, main, least) in zip(widths, seen(browser, address, f"{page}.html", widths)):
         assert wide <= width and inner == width and main > width / 3
         assert least > 10.99
 

@@ -15,7 +15,8 @@ try for themselves, with the scripts try.js beside it and mz.js, a second reader
 live.js, and weights.js with numbers of a real model.
 """
 
-import ast, base64, configparser, json, re, shutil, subprocess, sys, tempfile
+import ast, base64, configparser, gc, json, re, shutil, subprocess, sys, tempfile
+from contextlib import contextmanager
 from functools import cache, cached_property
 from html import escape, unescape
 from html.parser import HTMLParser
@@ -35,6 +36,8 @@ TRIES, TRIED = ASSETS / "try", "site_libs/try"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
 THEMES = {"light.css": "cosmo", "dark.css": "darkly"}  # our colours, and the sheet at whose end they stand
+DEFINES = re.compile(r"^(?:async )?(?:def|class)\b", re.M)  # what need not be parsed where it is not found
+IMPORTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*(?:import|from|_all_)\b")
 SHORT = 44  # characters of code that fit on a telephone
 LANGUAGES = {  # of translations, with what the site says around what a notebook says
     "zh": {
@@ -84,7 +87,7 @@ def statements(source):
 
 def is_imports(source):
     "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
-    if "import" not in source:
+    if not IMPORTS.match(source):
         return False
     kinds = {type(n) for n in statements(source) if not says_all(n)}
     return bool(kinds) and kinds <= {ast.Import, ast.ImportFrom}
@@ -107,7 +110,7 @@ def definitions(source):
     def is_patch(d):
         return "patch" in ast.unparse(d)
 
-    if "def" not in source and "class" not in source:
+    if not DEFINES.search(source):
         return []
     return [
         n.name
@@ -760,6 +763,19 @@ def for_machines(nbs):
     return f"# {web['title']}\n\n> {web['description']}\n\n{about}\n\n{lists}\n\n{reference}\n"
 
 
+@contextmanager
+def garbage_left():
+    "While pages are made, a great many objects stay and hardly any cycle goes: nobody need look for them."
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@garbage_left()
 def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     "Render all chapters into a folder; what was there is replaced only when everything went well."
     out = Path(out).resolve()
@@ -776,7 +792,7 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         if out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(made, out)
+        shutil.move(made, out)
     return out
 
 
