@@ -167,7 +167,7 @@ def outcomes(tmp_path_factory):
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent.parent), os.environ["PYTHONPATH"]]),
     }
     r = subprocess.run(
         [sys.executable, "child.py", "cases.pt"], cwd=folder, env=env, capture_output=True, text=True, timeout=300
