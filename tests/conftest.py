@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what tools and tests share
+sys.path.append(ending := str(Path(__file__).resolve().parent / "ending"))  # of what tests start, too
+os.environ["PYTHONPATH"] = os.pathsep.join([ending, *filter(None, [os.environ.get("PYTHONPATH")])])
 import once
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 # Per call: where its packages are, the shell's number, the folder and the arguments come through one named pipe, the
 # exit status goes back through another. What is read, written and set is the shell's. (Optimizers load torch._dynamo.)
 PARENT = """
-import os, runpy, sys, sysconfig, torch._dynamo
+import gc, os, runpy, sys, sysconfig, torch._dynamo
+gc.freeze()  # what is there is looked through by no child
 while True:
     with open("asks") as asks: ask = asks.read().split("\\0")[:-1]
     pid = os.fork()

@@ -29,7 +29,7 @@ from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop.integer_linear import FEW_TOGETHER
 from modelzip.workshop.models import check_ordinary
-from guards import codes_alone, examples, unchanged
+from guards import FUZZ, codes_alone, examples, unchanged
 
 FAST = settings(max_examples=examples(30), deadline=None)
 
@@ -846,6 +846,7 @@ def test_floats_that_were_quicker_are_those_of_the_file(options, requantize, tmp
 # ---------------------------------------------------------------- compiled
 
 
+@pytest.mark.hypothesis  # so that a search comes here: also traced with every layer
 def test_compiled_layers_give_the_same_numbers():
     "No C++ compiler is needed: the graph is captured as a whole and run as it is."
     torch.manual_seed(0)
@@ -869,8 +870,9 @@ def test_compiled_layers_give_the_same_numbers():
         with torch.no_grad():
             want = quick(ids)
             torch._dynamo.reset()
-            traced = torch.compile(copy.deepcopy(quick), backend="aot_eager", fullgraph=True)
-            assert torch.allclose(traced(ids), want, rtol=1e-5, atol=1e-5)
+            if FUZZ or "group" in options:
+                traced = torch.compile(copy.deepcopy(quick), backend="aot_eager", fullgraph=True)
+                assert torch.allclose(traced(ids), want, rtol=1e-5, atol=1e-5)
             compiled = torch.compile(quick, backend="eager", fullgraph=True)
             assert torch.equal(compiled(ids), want) and torch.equal(compiled(ids[:2]), quick(ids[:2]))
     other = copy.deepcopy(quick)
@@ -1598,31 +1600,34 @@ def test_recording_a_program_leaves_no_class_behind():
         assert Dequantize.kinds == known
 
 
+LAYERS = [
+    (nn.Linear(8, 16), torch.randn(3, 8)),
+    (nn.Bilinear(8, 8, 4), None),
+    (nn.Embedding(9, 16), torch.tensor([[1, 2]])),
+    (nn.EmbeddingBag(9, 16), torch.tensor([[1, 2]])),
+    (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9)),
+    (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+    (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 9, 9)),
+    (nn.Conv3d(4, 8, 3), torch.randn(2, 4, 5, 5, 5)),
+    (nn.ConvTranspose1d(4, 8, 3), torch.randn(2, 4, 9)),
+    (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+    (nn.LSTM(8, 16, num_layers=2, bidirectional=True), torch.randn(5, 2, 8)),
+    (nn.LSTM(8, 16, proj_size=4), torch.randn(5, 2, 8)),
+    (nn.GRU(8, 16), torch.randn(5, 2, 8)),
+    (nn.RNN(8, 16), torch.randn(5, 2, 8)),
+    (nn.LSTMCell(8, 16), torch.randn(2, 8)),
+    (nn.GRUCell(8, 16), torch.randn(2, 8)),
+    (nn.MultiheadAttention(8, 2), None),
+    (nn.TransformerEncoderLayer(8, 2, 16), torch.randn(5, 2, 8)),
+]
+
+
+@pytest.mark.hypothesis  # so that a search comes here: each layer with each number of bits
 @pytest.mark.parametrize(
-    "layer, x",
-    [
-        (nn.Linear(8, 16), torch.randn(3, 8)),
-        (nn.Bilinear(8, 8, 4), None),
-        (nn.Embedding(9, 16), torch.tensor([[1, 2]])),
-        (nn.EmbeddingBag(9, 16), torch.tensor([[1, 2]])),
-        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9)),
-        (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
-        (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 9, 9)),
-        (nn.Conv3d(4, 8, 3), torch.randn(2, 4, 5, 5, 5)),
-        (nn.ConvTranspose1d(4, 8, 3), torch.randn(2, 4, 9)),
-        (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
-        (nn.LSTM(8, 16, num_layers=2, bidirectional=True), torch.randn(5, 2, 8)),
-        (nn.LSTM(8, 16, proj_size=4), torch.randn(5, 2, 8)),
-        (nn.GRU(8, 16), torch.randn(5, 2, 8)),
-        (nn.RNN(8, 16), torch.randn(5, 2, 8)),
-        (nn.LSTMCell(8, 16), torch.randn(2, 8)),
-        (nn.GRUCell(8, 16), torch.randn(2, 8)),
-        (nn.MultiheadAttention(8, 2), None),
-        (nn.TransformerEncoderLayer(8, 2, 16), torch.randn(5, 2, 8)),
-    ],
-    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+    "layer, x, bits",
+    [(*both, (3, 4, 8)[j]) for i, both in enumerate(LAYERS) for j in range(3) if FUZZ or j == i % 3],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else v if isinstance(v, int) else "",
 )
-@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_nothing_is_printed(layer, x, bits, capfd, tmp_path):
     "Neither by Python nor by what it calls, for any kind of layer, on the way from the model to its answer."
     model = quantize_model(nn.Sequential(layer).eval(), bits)

