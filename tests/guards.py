@@ -5,6 +5,7 @@ import collections, copy, os, random
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,11 @@ from modelzip.ranges import LayerStatistics, calibrate
 from modelzip.workshop.models import output_tensors
 
 FUZZ = os.environ.get("MODELZIP_FUZZ", "")  # `make fuzz` sets it to its seed
+
+
+def conv1d(*sizes: int) -> nn.Module:
+    "GPT-2's layer, where transformers is installed. (Imported when asked for: it takes a second.)"
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(*sizes)
 
 
 def seen_by(layer: nn.Module, x: Tensor) -> LayerStatistics:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from guards import FUZZ
 from modelzip.integers import codes_of
 from modelzip.data import LeNet5, accuracy, digits, mnist5k, train
 from modelzip.pack import PackError, load, save
@@ -100,8 +101,14 @@ def train_some(model, data, steps=3, lr=1e-3):
     return model.eval()
 
 
-@pytest.mark.parametrize("bits,activations", [(1, 8), (2, 4), (4, 8), (8, 8), (8, 5)])
-@pytest.mark.parametrize("name", MODELS)
+WIDTHS = [(1, 8), (2, 4), (4, 8), (8, 8), (8, 5)]
+
+
+@pytest.mark.hypothesis  # so that a search comes here: all widths of every model
+@pytest.mark.parametrize(
+    "name, bits, activations",
+    [(n, *w) for i, n in enumerate(MODELS) for j, w in enumerate(WIDTHS) if FUZZ or (i + j) % 2 == 0],
+)
 def test_integers_equal_what_was_trained_bit_for_bit(name, bits, activations):
     model, data = a_model(name)
     trained = train_some(prepare(model, bits, activations), data)

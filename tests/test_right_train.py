@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from guards import FUZZ, answers, codes_alone, unchanged
+from guards import FUZZ, answers, codes_alone, conv1d, unchanged
 from modelzip.data import LeNet5
 from modelzip.pack import load, save
 from modelzip.prune import prune_model
@@ -172,13 +172,8 @@ MODELS = {
         lambda: with_(functools.partial(parametrizations.weight_norm, name="bias", dim=None), nn.Linear(8, 8)),
         (3, 8),
     ),
+    "Conv1D": (lambda: nn.Sequential(conv1d(12, 8), nn.GELU(), nn.Linear(12, 3)), (3, 8)),
 }
-try:
-    from transformers.pytorch_utils import Conv1D
-
-    MODELS["Conv1D"] = (lambda: nn.Sequential(Conv1D(12, 8), nn.GELU(), nn.Linear(12, 3)), (3, 8))
-except ImportError:
-    pass
 
 
 def made(name, seed=0):

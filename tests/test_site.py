@@ -602,11 +602,9 @@ def test_search_and_mathematics_without_a_server(browser, built):
 @browser_only
 def test_sidebar_leads_everywhere(browser, address):
     browser.get(f"{address}/index.html")
-    links = [
-        a.get_attribute("href")
-        for a in browser.find_elements("css selector", "#quarto-sidebar a.sidebar-link")
-        if a.get_attribute("href")
-    ]
+    links = browser.execute_script(
+        "return [...document.querySelectorAll('#quarto-sidebar a.sidebar-link')].map(a => a.href)"
+    )
     assert {l.rsplit("/")[-1] for l in links} >= {f"{p.stem}.html" for p in CHAPTERS if p.name[0].isdigit()}
     browser.find_element("css selector", "#quarto-sidebar a[href='01_measure.html']").click()
     assert browser.current_url.endswith("/01_measure.html")
@@ -644,8 +642,8 @@ def test_without_script_the_first_frame_stands_there(browser, address):
 
 
 @pytest.mark.parametrize("path", [p for p in CHAPTERS if p.name[0].isdigit()], ids=lambda p: p.stem)
-def test_model_answers_are_on_no_page(path):
+def test_model_answers_are_on_no_page(built, path):
     "They stand in cells with the tag `instructor`, which only the instructor's edition has."
     assert "Model answer" in path.read_text(encoding="utf-8")
-    shown = "\n".join(site.text(c) for c in site.prepare(path, {})["cells"])
-    assert "## Exercises" in shown and "Model answer" not in shown
+    shown = (built / f"{path.stem}.html").read_text(encoding="utf-8")
+    assert ">Exercises<" in shown and "Model answer" not in shown

@@ -1,7 +1,7 @@
 """What `make course` writes and `make grade` says: handouts that give nothing away and run, instructor's pages with all
 of it, slides without a network, and marks that no notebook can give itself."""
 
-import csv, json, re, resource, subprocess, sys, threading, types
+import csv, functools, json, re, resource, subprocess, sys, threading, types
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,9 @@ def built(tmp_path_factory):
     return course.build(tmp_path_factory.mktemp("teaching") / "course")
 
 
+handout = functools.cache(course.handout)  # nobody here changes one
+
+
 def lines(cells):
     return {l.strip() for c in cells for l in course.text(c).splitlines() if l.strip() and not l.startswith("#|")}
 
@@ -39,7 +42,7 @@ def solutions(name):
 def test_a_handout_gives_nothing_away(name):
     import nbformat
 
-    nb = course.handout(name)
+    nb = handout(name)
     nbformat.validate(nbformat.from_dict(nb))
     assert len(solutions(name)) >= 2 and not lines(nb["cells"]) & solutions(name)
     assert not any(c.get("outputs") for c in nb["cells"] if course.is_code(c))
@@ -54,7 +57,7 @@ def test_a_handout_gives_nothing_away(name):
 def test_a_handout_needs_nothing_that_was_taken_away(name):
     "No cell reads a name that only cells define which are gone."
     whole, kept = (
-        [course.text(c) for c in nb["cells"] if course.is_code(c)] for nb in (course.book(name), course.handout(name))
+        [course.text(c) for c in nb["cells"] if course.is_code(c)] for nb in (course.book(name), handout(name))
     )
     defined = lambda sources: set().union(*(course.stored(s)[0] for s in sources))
     gone = defined(whole) - defined(kept)
@@ -64,12 +67,12 @@ def test_a_handout_needs_nothing_that_was_taken_away(name):
 
 def test_the_cell_that_tries_a_solution_goes_with_it():
     "lamp(w) is the stub in a handout, and raises; an answer told in prose is not told, a prediction not anticipated."
-    told = lines(course.book("07_saliency")["cells"]) - lines(course.handout("07_saliency")["cells"])
+    told = lines(course.book("07_saliency")["cells"]) - lines(handout("07_saliency")["cells"])
     assert any('ninety["LAMP"] = ' in l for l in told)
-    handout = "\n".join(course.text(c) for c in course.handout("08_channels")["cells"])
-    assert "But $\\sqrt d$ counts them" not in handout and handout.count("*Your answer:*") >= 1
-    assert re.search(r"<summary>After you have predicted</summary>\s+- \*\*ReLU\*\*", handout)
-    assert "## Numbers that travel" in re.sub(r"<details>.*?</details>", "", handout, flags=re.S)
+    text = "\n".join(course.text(c) for c in handout("08_channels")["cells"])
+    assert "But $\\sqrt d$ counts them" not in text and text.count("*Your answer:*") >= 1
+    assert re.search(r"<summary>After you have predicted</summary>\s+- \*\*ReLU\*\*", text)
+    assert "## Numbers that travel" in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
 
 
 def test_handouts_bring_what_they_read(built):
@@ -145,6 +148,7 @@ def test_a_chapter_has_a_path_of_fifteen_minutes(name):
 
 
 def test_no_page_asks_the_network_or_leads_nowhere(built):
+    read = functools.cache(lambda path: path.read_text(encoding="utf-8"))
     for path in built.rglob("*.html"):
         page = site.Page(path)
         assert [a for a in page.loads if not a.startswith("data:") and not (path.parent / a).is_file()] == []
@@ -153,7 +157,7 @@ def test_no_page_asks_the_network_or_leads_nowhere(built):
             if file and "://" not in file:
                 assert (path.parent / file).is_file(), f"{path.name} leads to {href}"
                 if place and file.endswith(".html"):
-                    assert f'id="{place}"' in (path.parent / file).read_text(encoding="utf-8"), f"{path.name}: {href}"
+                    assert f'id="{place}"' in read(path.parent / file), f"{path.name}: {href}"
     assert not re.search(r"url\(\s*[\"']?http|@import", (built / "lib/reveal.css").read_text(encoding="utf-8"))
 
 
@@ -320,7 +324,7 @@ def test_folders_names_and_tables(tmp_path, monkeypatch):
 
 def test_handouts_say_which_chapter_they_are():
     for name in course.exercised():
-        assert grade.chapter_of(Path("renamed.ipynb"), course.handout(name)) == name
+        assert grade.chapter_of(Path("renamed.ipynb"), handout(name)) == name
 
 
 def test_model_answers_that_no_cell_computes(tmp_path):

@@ -13,6 +13,7 @@ import configparser, contextlib, filecmp, gc, importlib, json, os, re, shutil, s
 import multiprocessing, multiprocessing.connection
 from pathlib import Path
 
+sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's validator would compile, for nobody
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
