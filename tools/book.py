@@ -10,7 +10,7 @@ How long a chapter took goes to bench/results/chapter_times.json, from which the
 """
 
 import configparser, contextlib, filecmp, gc, importlib, json, os, re, shutil, subprocess, sys, tempfile, time, warnings
-import multiprocessing, multiprocessing.connection
+import inspect, multiprocessing, multiprocessing.connection
 from pathlib import Path
 
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's validator would compile, for nobody
@@ -182,7 +182,9 @@ def preload():
     gc.disable()  # what is imported stays
     import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, threadpoolctl
     import tokenizers, torch, zstandard
+    import IPython.core.crashhandler, IPython.core.magics.execution, torch.nn.utils.prune
     import torch._dynamo  # the first optimizer of a process imports it
+    from matplotlib.backends.registry import backend_registry
 
     from modelzip.workshop.sentences import all_pairs, docstring_sources, minilm_tokenizer
 
@@ -191,6 +193,8 @@ def preload():
         for name in docstring_sources:
             importlib.import_module(name)
         all_pairs(), minilm_tokenizer()
+    backend_registry.list_all()  # reads what is installed
+    inspect.getmodule(None, "nowhere")  # notes the file of all 4,000 modules, for whoever asks where a source is
     gc.collect()
     gc.freeze()  # the copies' collectors leave it alone
     gc.enable()

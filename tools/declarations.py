@@ -7,6 +7,7 @@ runs. The notebooks stay as they are.
 """
 
 import ast, copy, textwrap
+from functools import cache
 
 from docstrings import spots
 
@@ -45,10 +46,12 @@ def declarations(sources):
     return found
 
 
+@cache
 def parsed(source):
+    "The tree of a cell, which nobody changes; None for one with a magic."
     try:
         return ast.parse(source)
-    except SyntaxError:  # a magic
+    except SyntaxError:
         return None
 
 
@@ -184,9 +187,9 @@ def in_text(kind):
 
 def with_declarations(source, found):
     "A cell whose classes declare what they get."
-    tree = parsed(source)
+    tree = parsed(source) if found else None
     lines = source.splitlines()
-    for n in reversed(tree.body if tree and found else []):
+    for n in reversed(tree.body if tree else []):
         if isinstance(n, ast.ClassDef) and n.name in found:
             lines[n.end_lineno : n.end_lineno] = ["", HEAD, *found[n.name][:-1]]
     return "\n".join(lines)
@@ -203,6 +206,6 @@ def with_import(source):
     if typing is None:
         lines.insert(imports[0].lineno - 1, "from typing import TYPE_CHECKING")
     else:
-        typing.names = sorted([*typing.names, ast.alias("TYPE_CHECKING")], key=lambda a: a.name)
-        lines[typing.lineno - 1 : typing.end_lineno] = [ast.unparse(typing)]
+        names = sorted([*typing.names, ast.alias("TYPE_CHECKING")], key=lambda a: a.name)
+        lines[typing.lineno - 1 : typing.end_lineno] = [ast.unparse(ast.ImportFrom("typing", names, 0))]
     return "\n".join(lines)

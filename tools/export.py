@@ -7,14 +7,14 @@ What stands beside arguments comes into the docstrings (tools/docstrings.py), wh
 in it for checkers of types (tools/declarations.py), and `modelzip/__init__.py` says what `import modelzip` brings: `FRONT`.
 """
 
-import ast, json, sys, textwrap
+import ast, gc, json, sys, textwrap
 from pathlib import Path
 
 from nbdev.config import add_init, get_config
 from nbdev.doclinks import _build_modidx, nbglob
 from nbdev.export import nb_export
 
-from declarations import declarations, with_declarations, with_import
+from declarations import declarations, parsed, with_declarations, with_import
 from docstrings import takes, with_parameters
 
 FRONT = {  # module → its names that `modelzip.` has: what somebody with a model of their own calls
@@ -105,11 +105,8 @@ def definitions(paths):
     found = {}
     for path in paths:
         for source in exported(path):
-            try:
-                tree = ast.parse(source)
-            except SyntaxError:  # a magic
-                continue
-            for n in tree.body:
+            tree = parsed(source)
+            for n in tree.body if tree else ():
                 if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and (made := takes(n)) is not None:
                     found[n.name] = made, source
     return found
@@ -141,4 +138,5 @@ def export(paths=()):
 
 
 if __name__ == "__main__":
+    gc.disable()  # it would walk through thousands of trees, none of which is a cycle, again and again
     export(sys.argv[1:])
