@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'Rule', 'rule_for', 'numbers_of', 'checksum_of', 'write_blocks', 'CodedBlocks']
 
 # %% ../../nbs/workshop/block_streams.ipynb
-import struct, zlib
+import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..coding import CodingError, decode, encode
 from ..quant import CompressedTensor, pack_bits
 from .blocks import pieces
-from .coders import read_varint
+from .coders import crc32, read_varint
 from .compressed import Sized
 from .contexts import LaneReader, LaneWriter, Tables, read_states, weights_of, write_states
 from .floats import dtype_name
@@ -641,9 +641,9 @@ def numbers_of(q: BlockTensor) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
 
 
 def checksum_of(d: np.ndarray, m: np.ndarray | None, codes: np.ndarray) -> int:
-    crc = zlib.crc32(np.ascontiguousarray(d).view(np.uint8))
-    crc = crc if m is None else zlib.crc32(np.ascontiguousarray(m).view(np.uint8), crc)
-    return zlib.crc32(np.ascontiguousarray(codes).reshape(-1), crc)
+    crc = crc32(np.ascontiguousarray(d).view(np.uint8))
+    crc = crc if m is None else crc32(np.ascontiguousarray(m).view(np.uint8), crc)
+    return crc32(np.ascontiguousarray(codes).reshape(-1), crc)
 
 
 def write_blocks(

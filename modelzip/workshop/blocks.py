@@ -25,7 +25,7 @@ class OfThread(threading.local):
     quick: dict[Any, Any]
 
     def __init__(self):
-        self.quick = {}  # parameters → a compressor of level 1; those of higher levels hold megabytes
+        self.quick = {}  # level and parameters → a compressor
         self.expander = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23)
 
     if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
@@ -41,6 +41,9 @@ def compressor(level: int, parameters: dict[str, Any]) -> zstandard.ZstdCompress
     plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
     how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)
     return zstandard.ZstdCompressor(compression_params=how)
+
+
+SMALL = 1 << 16  # bytes: after more of them a compressor of a high level holds megabytes, and is not kept
 
 
 def zstd_compress(
@@ -64,9 +67,9 @@ def zstd_compress(
     bytes
         a frame without its magic number, size and checksum
     """
-    if level > 1:
+    if level > 1 and memoryview(data).nbytes > SMALL:
         return compressor(level, parameters).compress(data)
-    key = tuple(parameters.items())
+    key = level, *parameters.items()
     if key not in OF_THREAD.quick:
         OF_THREAD.quick[key] = compressor(level, parameters)
     return OF_THREAD.quick[key].compress(data)

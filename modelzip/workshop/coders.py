@@ -7,13 +7,18 @@ __all__ = ['CODERS', 'EDGES', 'CodingError', 'whole_numbers', 'histogram', 'pair
            'bytes_to_bits', 'fixed_bits', 'write_varint', 'read_varint', 'Coder', 'opened', 'check_inverse']
 
 # %% ../../nbs/workshop/coders.ipynb
-import zlib
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# %% ../../nbs/workshop/coders.ipynb
+try:
+    from zlib_ng.zlib_ng import crc32
+except ImportError:  # where nobody has built it
+    from zlib import crc32
 
 # %% ../../nbs/workshop/coders.ipynb
 class CodingError(ValueError):
@@ -241,7 +246,7 @@ class Coder:
         "Bytes, text (as UTF-8) or a uint8 tensor as bytes that decode by themselves; `TypeError` for others."
         data = as_bytes(data)
         head, body = write_varint(len(data)), self.encode_body(data) if data else b""
-        return head + zlib.crc32(head + body).to_bytes(4, "little") + body
+        return head + crc32(head + body).to_bytes(4, "little") + body
 
     def decode(self, data: bytes) -> bytes:
         "The bytes that `encode` was given; `CodingError` when the data is cut off or damaged."
@@ -281,7 +286,7 @@ def opened(
     head, checksum, body = data[:at], int.from_bytes(data[at : at + 4], "little"), data[at + 4 :]
     if n > coder.at_most * len(body):
         raise CodingError(f"{coder.name}: a body of {len(body)} bytes cannot hold the {n} that its header claims")
-    if zlib.crc32(head + body) != checksum:
+    if crc32(head + body) != checksum:
         raise CodingError(f"{coder.name}: the data is damaged")
     return n, body
 

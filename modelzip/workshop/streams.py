@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'BYTES', 'encode', 'decode', 'coders']
 
 # %% ../../nbs/workshop/streams.ipynb
-import functools, struct, zlib
+import functools, struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from modelzip.workshop.blocks import (
 )
 from .blocks import code_bytes, expand_bytes, pieces, smallest, take_pieces
 from .blocks import rans_compress, rans_expand
-from .coders import CodingError, read_varint, write_varint
+from .coders import CodingError, crc32, read_varint, write_varint
 from .float_chunks import code_floats, expand_floats, looks_ordinary
 from .planes import byte_planes, codes_per_byte, gaps_of, join_codes, mask_of, split_codes
 from .values import code_values, expand_values
@@ -581,7 +581,7 @@ def stream_parts(
     chunks = list(map(run, jobs)) if len(jobs) > 1 else [job() for job in jobs]
     parts, crc = [head + b"".join(write_varint(len(c)) for c in chunks), *chunks], 0
     for p in parts:
-        crc = zlib.crc32(p, crc)
+        crc = crc32(p, crc)
     return [*parts, struct.pack("<I", crc)]
 
 # %% ../../nbs/workshop/streams.ipynb
@@ -686,7 +686,7 @@ def read_head(
     """
     if len(data) < 6:
         raise CodingError("it is too short for a stream")
-    if zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
+    if crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise CodingError("it is damaged (wrong checksum)")
     bits, (kind, at) = data[0], read_varint(data, 1)
     count, at = read_varint(data, at)
