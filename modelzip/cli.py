@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['READERS', 'COMMANDS', 'MODEL', 'CODE', 'JSON', 'QUIET', 'FORCE', 'DATA', 'ROUNDING', 'SEARCHING', 'NO_GRAPH', 'TO',
            'WRITERS', 'KERNELS', 'EXPECTED', 'expanded_tensors', 'only_weights', 'quantize_weights', 'open_model',
-           'command', 'argument', 'whole', 'real', 'Done', 'bars', 'weight_bytes', 'example_of', 'parser', 'cli',
-           'MOST_BESIDE', 'Weights', 'as_model']
+           'command', 'argument', 'Done', 'bars', 'weight_bytes', 'example_of', 'parser', 'cli', 'MOST_BESIDE',
+           'Weights', 'as_model']
 
 # %% ../nbs/workshop/cli.ipynb
 import argparse, bisect, importlib, json, os, sys, tempfile, zipfile
@@ -602,22 +602,10 @@ def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, An
     return names, options
 
 
-def whole(
-    least: int = -(2**63),
-    most: int = 2**63 - 1,
+def _whole(
+    least: int = -(2**63), most: int = 2**63 - 1
 ) -> Callable[[str], int]:  # a type of `argparse`, whose errors begin with the option
-    """A whole number from one to another: what an option may be is said before anything is read or written.
-
-    Parameters
-    ----------
-    least : int, default -2 ** 63
-    most : int, default 2 ** 63 - 1
-
-    Returns
-    -------
-    Callable[[str], int]
-        a type of `argparse`, whose errors begin with the option
-    """
+    "A whole number from one to another: what an option may be is said before anything is read or written."
     if most == 2**63 - 1:
         may = "a whole number" + f", {least} or more" * (least > -(2**63))
     else:
@@ -632,19 +620,11 @@ def whole(
     return read
 
 
-def real(
+def _real(
     may: str,  # in words
     fits: Callable[[float], bool],  # NaN fits nothing
 ) -> Callable[[str], float]:
-    """The same of a number of which `fits` knows whether it may be.
-
-    Parameters
-    ----------
-    may : str
-        in words
-    fits : Callable[[float], bool]
-        NaN fits nothing
-    """
+    "The same of a number of which `fits` knows whether it may be."
 
     def read(text):
         try:
@@ -871,9 +851,9 @@ DATA: dict[str, Callable[..., Any]] = {
     argument("model", help=MODEL),
     argument("-o", "--output", required=True, metavar="FILE", help="the .mz file to write or replace"),
     CODE,
-    argument("--bits", type=whole(1, 16), help="width of a code, 1 to 16 (default: 8; 4 for nf4)"),
+    argument("--bits", type=_whole(1, 16), help="width of a code, 1 to 16 (default: 8; 4 for nf4)"),
     FORCE,
-    argument("--group", type=whole(1), help="weights that share a scale (default: one scale for each row)"),
+    argument("--group", type=_whole(1), help="weights that share a scale (default: one scale for each row)"),
     argument("--codebook", choices=["nf4", "kmeans"], help="values that codes stand for, instead of equal steps"),
     argument("--asymmetric", action="store_true", help="ranges that need not be centred at zero"),
     argument("--observer", choices=[*OBSERVERS], help="how ranges are chosen (default: mse, the least squared error)"),
@@ -885,25 +865,25 @@ DATA: dict[str, Callable[..., Any]] = {
         metavar="FILE",
         help="an older .mz file: what has changed since is written, if that is shorter, and both are needed",
     ),
-    argument("--bytes", type=whole(1), help="target: the file has at most so many"),
+    argument("--bytes", type=_whole(1), help="target: the file has at most so many"),
     argument(
         "--cosine",
-        type=real("above 0 and below 1", lambda x: 0 < x < 1),
+        type=_real("above 0 and below 1", lambda x: 0 < x < 1),
         help="target: mean cosine of the outputs to the original's, at least; needs --data",
     ),
     argument(
         "--accuracy-loss",
-        type=real("0 to below 100, in percentage points", lambda x: 0 <= x < 100),
+        type=_real("0 to below 100, in percentage points", lambda x: 0 <= x < 100),
         help="target: at most so many percentage points are lost; needs --data",
     ),
     argument(
         "--milliseconds",
-        type=real("above 0", lambda x: 0 < x < float("inf")),
+        type=_real("above 0", lambda x: 0 < x < float("inf")),
         help="target: the loaded model takes at most so many for an input; needs --data",
     ),
     argument("--data", choices=[*DATA], help="what targets are measured on, and what is trained on"),
     argument("--recipe", help=f"a file of JSON, or one of {', '.join(map(repr, RECIPES))}"),
-    argument("--seed", type=whole(), help="of all that is random in a search (default: 0)"),
+    argument("--seed", type=_whole(), help="of all that is random in a search (default: 0)"),
     argument(
         "--trellis",
         action="store_true",
@@ -1263,7 +1243,7 @@ def example_of(
     ),
     argument("--to", choices=list(TO), help="for which engine; without an output the file lies beside the model"),
     argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
-    argument("--shard-bytes", type=whole(1), help=f"of each file beside an index, at most (default: {SHARD:,})"),
+    argument("--shard-bytes", type=_whole(1), help=f"of each file beside an index, at most (default: {SHARD:,})"),
     argument(
         "--input",
         action="append",
@@ -1429,8 +1409,8 @@ KERNELS = argument("--kernels", action="store_true", help="compute with integers
         help="shape and dtype, like 32x1x28x28 or 1x64:int64; once for each input",
     ),
     # OpenMP crashes where it cannot start so many
-    argument("--threads", type=whole(1, 1024), help="of PyTorch (default: as it chooses)"),
-    argument("--repeats", type=whole(2), default=30, help="rounds (default: 30)"),
+    argument("--threads", type=_whole(1, 1024), help="of PyTorch (default: as it chooses)"),
+    argument("--repeats", type=_whole(2), default=30, help="rounds (default: 30)"),
     argument("--engine", choices=["all", *ENGINES], help="what computes, beside PyTorch itself (default: nothing)"),
     CODE,
     KERNELS,
@@ -1527,7 +1507,7 @@ def _retrieval(model):
     ),
     argument(
         "--at-least",
-        type=real("a share, 0 to 1", lambda x: 0 <= x <= 1),
+        type=_real("a share, 0 to 1", lambda x: 0 <= x <= 1),
         metavar="SHARE",
         help="exit status 1 if fewer are right, 0 to 1",
     ),
@@ -1548,7 +1528,7 @@ def _eval(o):
     "compress LeNet-5 by every technique and print the table",
     "modelzip tour",
     argument("--folder", default="tour", help="where report.html and the .mz files go (default: tour)"),
-    argument("--seed", type=whole(), default=0, help="of the training (default: 0)"),
+    argument("--seed", type=_whole(), default=0, help="of the training (default: 0)"),
     JSON,
     QUIET,
 )
@@ -1599,7 +1579,7 @@ class _Parser(argparse.ArgumentParser):
         return fitting(super().format_help(), sys.stdout)
 
     def error(self, message):
-        if message.startswith("argument ") and ": is " in message:  # of `whole` and `real`
+        if message.startswith("argument ") and ": is " in message:  # of `_whole` and `_real`
             message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
 

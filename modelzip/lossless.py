@@ -191,7 +191,9 @@ def join_floats(
     """
     _check_array(out, "out", *WORDS)
     if len(low) != out.itemsize - 2:
-        raise ValueError(f"low has {len(low)} planes; {out.dtype.name} has {out.itemsize - 2} bytes below the upper two")
+        raise ValueError(
+            f"low has {len(low)} planes; {out.dtype.name} has {out.itemsize - 2} bytes below the upper two"
+        )
     for name, x in ("symbols", symbols), ("rest", rest), *(("low", plane) for plane in low):
         _check_array(x, name, "uint8")
         if x.shape != out.shape:

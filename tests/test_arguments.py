@@ -344,7 +344,10 @@ def test_what_is_no_model_says_what_makes_one(given, says):
 
 def takes_one_channel(f):
     "A model whose first layer has one channel, called with three."
-    model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3)).eval(), torch.randn(4, 3, 8, 8)
+    model, x = (
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3)).eval(),
+        torch.randn(4, 3, 8, 8),
+    )
     f(model, x)
 
 

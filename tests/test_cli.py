@@ -573,7 +573,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_done(place, monkeyp
     seen, before = 0, {p: p.stat().st_mtime_ns for p in place.rglob("*")}
     for name, p in parser()._subparsers._group_actions[0].choices.items():
         for action in p._actions:
-            assert action.type not in (int, float), action.dest  # `whole` and `real` know what it may be
+            assert action.type not in (int, float), action.dest  # what these are of knows what it may be
             if action.type is None:
                 continue
             option, needed = action.option_strings[0], [a for a in p._actions if a.required]

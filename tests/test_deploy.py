@@ -10,7 +10,7 @@ from torch import nn
 
 from guards import FUZZ
 from modelzip.data import LeNet5
-from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
+from modelzip.deploy import ENGINES, deploy, register_engine
 from modelzip.kernels import use_kernels
 from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.qat import convert, prepare

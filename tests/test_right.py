@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 
-from guards import FUZZ, answers, codes_alone, unchanged
+from guards import FUZZ, codes_alone, unchanged
 from modelzip.auto import compress
 from modelzip.data import Split
 from modelzip.distill import SoftTargets, distill

@@ -35,7 +35,7 @@ from modelzip.ptq import (
     smooth,
     smooth_columns,
 )
-from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
+from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize_model
 from modelzip.workshop import bites
 from modelzip.workshop.scales import as_columns, rounded, scale_of
 

@@ -110,7 +110,9 @@ def _graph(model, training, arguments):
             graph = tracer.trace(twin, arguments)
     except Exception as e:
         raise Unproven(
-            f"its code cannot be followed: {place_of(e, twin)}{str(e).splitlines()[0] if str(e) else type(e).__name__}"[:300]
+            f"its code cannot be followed: {place_of(e, twin)}{str(e).splitlines()[0] if str(e) else type(e).__name__}"[
+                :300
+            ]
         ) from e
     if tracer.asked:
         raise Unproven("its code asks what its inputs are (isinstance)")
