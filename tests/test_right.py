@@ -195,7 +195,7 @@ HOOKED = [(l, k) for l in ("second", "norm", "last") for k in ("forward", "pre",
     [(n, *h) for f, n in enumerate(CLOSE) for i, h in enumerate(HOOKED) if FUZZ or i % 3 == f % 3],
 )
 def test_hooks_act_or_are_refused(name, layer, kind):
-    model, calls = made(Convolutional), []
+    model = made(Convolutional)
     m = model.get_submodule(layer)
     if kind == "forward":
         m.register_forward_hook(lambda l, i, o: 2 * o)
