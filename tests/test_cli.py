@@ -742,6 +742,7 @@ def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
     """Every pair of options of compress: both act, or one is refused by name. (Nothing is searched for: that both
     are let through is enough.)"""
     monkeypatch.chdir(place)
+    os.link("own.mz", tmp_path / "own.mz")  # an update is written beside its base
     monkeypatch.setattr("modelzip.cli._by_bits", lambda model, o: save(model, o.output) and "")
     monkeypatch.setattr("modelzip.cli._by_target", lambda model, o: save(model, o.output) and "")
     written = lambda found, tied, o: Path(o.output).write_bytes(b"x") and ("", 1)
