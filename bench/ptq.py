@@ -6,14 +6,14 @@ python bench/ptq.py cost       only time and memory of GPTQ, in the table that i
 python bench/ptq.py validate   a few recipes on the pairs between (where the choices were made)
 """
 
-import json, math, os, sys, tempfile, time, warnings
+import json, math, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from modelzip.data import docstrings, minilm, recall
+from modelzip.data import docstrings, minilm
 from modelzip.measure import peak_memory
 from modelzip.pack import load, save
 from modelzip.ptq import awq, calibrate, gptq, hqq, output_error

@@ -22,7 +22,7 @@ from torchvision_models import torchvision_models
 from modelzip.data import LeNet5, accuracy, mnist5k, train
 from modelzip.measure import count_parameters, file_bytes, latency, machine
 from modelzip.pack import load, save
-from modelzip.structured import channel_groups, choose_channels, factorize, fold_batchnorm, foldable, shrink, total_macs
+from modelzip.structured import channel_groups, choose_channels, factorize, shrink, total_macs
 from modelzip.workshop.rehearsal import answers_of, unlike
 
 warnings.filterwarnings("ignore")

@@ -34,7 +34,7 @@ def line(model, how, size, before, quality, reference, chapter):
 
 def record(found):
     for name, net in found["nets"].items():
-        first, last = net["table"][0], net["table"][-1]
+        last = net["table"][-1]
         runs = [r["rows"][-1]["test"] for r in net["runs"]]
         yield line(
             name,
@@ -124,12 +124,15 @@ def answers():
     times = lambda name: f"{tour[name]['1'][0]:.2f}× the time for one input and {tour[name]['64'][0]:.2f}× for 64"
     slow = [r["1"][0] for n, r in tour.items() if "weights" in n and "kernels" not in n and r["1"][0] > 1]
     net, own = read("record")["nets"]["LeNet-5"], next(text for *_, text in prune(read("prune")) if "LeNet-5" in text)
-    size = sum(p.numel() for p in LeNet5(**net["how"]["student"]).parameters())
+    size, runs = sum(p.numel() for p in LeNet5(**net["how"]["student"]).parameters()), net["runs"]
+    tests = [r["rows"][-1]["test"] for r in runs]
+    mean = f"{net['table'][-1]['bytes']:,.0f} bytes, {spread(tests)} % of the digits"
+    now = f"{(RESULTS / 'record.mz').stat().st_size:,} bytes, {tests[0]:.1%}"
     return f"""- **Does it get faster?** With fewer multiplications, yes: half of LeNet-5's take {times("half the multiplications, retrained")}, a distilled student {times("student of 19,454 parameters, distilled")}. Products of integers pay for many inputs at once ({tour["8-bit weights, int8 kernels"]["64"][0]:.2f}× for 64), not for one ({tour["8-bit weights, int8 kernels"]["1"][0]:.2f}×). Few bits make the *file* small; run by PyTorch such a model is slower, {min(slow):.1f} to {max(slow):.1f} times for one input, because weights are expanded when they are used. (Rows of the [tour's table](#the-tours-table), on a CPU.) `deploy` measures your model on the engines that are installed, and takes the quickest that computes the same.
 - **Language models?** Small ones, on a CPU: files of llama.cpp are read, written, archived and rounded anew, and a Llama of one page runs them ([below](#a-language-model)). It is no engine for chats.
 - **Models of Hugging Face?** They are modules like yours: `quantize_model(model)`, `gptq(model, [{{"input_ids": ids}}])`, `save`, `load(path, model)`. From the shell `modelzip compress` takes a folder of the Hub, its weights alone.
 - **A GPU?** Nothing here was tested or timed on one. The integer products are those of CPUs.
-- **{net["weights"] / net["table"][-1]["bytes"]:,.0f} times smaller?** That is another network: a student of {size:,} parameters, distilled from LeNet-5 and trained with a price on each bit. Of LeNet-5 itself, pruned and rounded, the file is {own.split("|")[4].strip().rstrip("×")} times smaller."""
+- **{net["weights"] / net["table"][-1]["bytes"]:,.0f} times smaller?** That is another network: a student of {size:,} parameters, distilled from LeNet-5 and trained with a price on each bit (the mean of {len(runs)} seeds when it was measured: {mean}; the first of them as it is written [today](13b_record.ipynb): {now}). Of LeNet-5 itself, pruned and rounded, the file is {own.split("|")[4].strip().rstrip("×")} times smaller."""
 
 
 def language():

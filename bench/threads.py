@@ -12,7 +12,7 @@ share  proportional memory of the file's pages in four processes that map it.
 soak   100,000 requests from 16 threads, with errors, cancellations and time-outs at random.
 """
 
-import functools, gc, json, multiprocessing, os, platform, random, statistics, sys, tempfile, threading, time
+import functools, json, multiprocessing, os, platform, random, statistics, sys, tempfile, time
 from collections import Counter
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from pathlib import Path

@@ -580,8 +580,15 @@ def other_format(
     }
     for kind, (reader, here) in known.items():
         if here:
-            return f"it is a file of {kind}: {reader} reads it; in a shell, `modelzip convert` makes a .mz file of it"
+            said = f"it is a file of {kind}: {reader} reads it; in a shell, `modelzip convert` makes a .mz file of it"
+            return said + f" if it holds tensors by name; {WHOLE_MODEL}" * (kind == "PyTorch")
     return ""
+
+
+WHOLE_MODEL = (
+    "a whole model (`torch.save(model, …)`) is code, which is never run here: where you trust it and have its class,"
+    " modelzip.save(torch.load(path, weights_only=False), 'model.mz', example=…)"
+)
 
 
 ODD = "its zip headers are not what modelzip writes: the file is damaged, or another tool has rewritten it"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import PackError, demand, naming, open_file, replacing, several, target_of
+from .archive import PackError, WHOLE_MODEL, demand, naming, open_file, replacing, several, target_of
 from .coding import CodingError
 from . import __version__
 from .auto import WriteError, compress
@@ -223,7 +223,7 @@ def _torch_tensors(path):
     except Exception as e:
         raise ValueError(
             f"{path} is damaged, or no state dict that can be read without running code; it may hold tensors by name,"
-            " and nothing else"
+            f" and nothing else; {WHOLE_MODEL}"
         ) from e
     found = _state_dict_in(found, path)
     for n, t in found.items():
@@ -602,6 +602,42 @@ def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, An
     return names, options
 
 
+def _whole(
+    least: int = -(2**63), most: int = 2**63 - 1
+) -> Callable[[str], int]:  # a type of `argparse`, whose errors begin with the option
+    "A whole number from one to another: what an option may be is said before anything is read or written."
+    if most == 2**63 - 1:
+        may = "a whole number" + f", {least} or more" * (least > -(2**63))
+    else:
+        may = f"{least} to {most}"
+
+    def read(text):
+        n = int(text) if text.strip().lstrip("+-").isdecimal() else None
+        if n is None or not least <= n <= most:
+            raise argparse.ArgumentTypeError(f"is {text}; it may be {may}")
+        return n
+
+    return read
+
+
+def _real(
+    may: str,  # in words
+    fits: Callable[[float], bool],  # NaN fits nothing
+) -> Callable[[str], float]:
+    "The same of a number of which `fits` knows whether it may be."
+
+    def read(text):
+        try:
+            x = float(text)
+        except ValueError:
+            x = float("nan")
+        if not fits(x):
+            raise argparse.ArgumentTypeError(f"is {text}; it may be {may}")
+        return x
+
+    return read
+
+
 @dataclass
 class Done:
     """What a command has found.
@@ -815,9 +851,9 @@ DATA: dict[str, Callable[..., Any]] = {
     argument("model", help=MODEL),
     argument("-o", "--output", required=True, metavar="FILE", help="the .mz file to write or replace"),
     CODE,
-    argument("--bits", type=int, help="width of a code, 1 to 16 (default: 8; 4 for nf4)"),
+    argument("--bits", type=_whole(1, 16), help="width of a code, 1 to 16 (default: 8; 4 for nf4)"),
     FORCE,
-    argument("--group", type=int, help="weights that share a scale (default: one scale for each row)"),
+    argument("--group", type=_whole(1), help="weights that share a scale (default: one scale for each row)"),
     argument("--codebook", choices=["nf4", "kmeans"], help="values that codes stand for, instead of equal steps"),
     argument("--asymmetric", action="store_true", help="ranges that need not be centred at zero"),
     argument("--observer", choices=[*OBSERVERS], help="how ranges are chosen (default: mse, the least squared error)"),
@@ -829,17 +865,25 @@ DATA: dict[str, Callable[..., Any]] = {
         metavar="FILE",
         help="an older .mz file: what has changed since is written, if that is shorter, and both are needed",
     ),
-    argument("--bytes", type=int, help="target: the file has at most so many"),
+    argument("--bytes", type=_whole(1), help="target: the file has at most so many"),
     argument(
-        "--cosine", type=float, help="target: mean cosine of the outputs to the original's, at least; needs --data"
+        "--cosine",
+        type=_real("above 0 and below 1", lambda x: 0 < x < 1),
+        help="target: mean cosine of the outputs to the original's, at least; needs --data",
     ),
-    argument("--accuracy-loss", type=float, help="target: at most so many percentage points are lost; needs --data"),
     argument(
-        "--milliseconds", type=float, help="target: the loaded model takes at most so many for an input; needs --data"
+        "--accuracy-loss",
+        type=_real("0 to below 100, in percentage points", lambda x: 0 <= x < 100),
+        help="target: at most so many percentage points are lost; needs --data",
+    ),
+    argument(
+        "--milliseconds",
+        type=_real("above 0", lambda x: 0 < x < float("inf")),
+        help="target: the loaded model takes at most so many for an input; needs --data",
     ),
     argument("--data", choices=[*DATA], help="what targets are measured on, and what is trained on"),
     argument("--recipe", help=f"a file of JSON, or one of {', '.join(map(repr, RECIPES))}"),
-    argument("--seed", type=int, help="of all that is random in a search (default: 0)"),
+    argument("--seed", type=_whole(), help="of all that is random in a search (default: 0)"),
     argument(
         "--trellis",
         action="store_true",
@@ -852,6 +896,8 @@ def _compress(o):
     _check_kept(o)
     _ending(o.output, ".mz")
     target_of(o.output)  # what cannot be written to is said before anything is computed
+    if o.base is not None and os.path.exists(o.base):
+        _check_beside(o.base, o.output)
     archived = Path(o.model).is_file() and is_archived(_info_of(o.model))
     if blocks := archived or Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
         if o.base is not None and o.bits is None:
@@ -887,6 +933,13 @@ def _compress(o):
         + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
         + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
+
+
+def _check_beside(base, output):
+    "An update finds its base in its own folder, under its name, and no command is told of another place."
+    there = os.path.join(os.path.dirname(output), os.path.basename(base))
+    if not (os.path.exists(there) and os.path.samefile(there, base)):
+        raise ValueError(f"--base is {base}, and an update finds its base beside itself: copy it to {there} first")
 
 
 def _rounded_weights(found, tied, o):
@@ -1190,7 +1243,7 @@ def example_of(
     ),
     argument("--to", choices=list(TO), help="for which engine; without an output the file lies beside the model"),
     argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
-    argument("--shard-bytes", type=int, help=f"of each file beside an index, at most (default: {SHARD:,})"),
+    argument("--shard-bytes", type=_whole(1), help=f"of each file beside an index, at most (default: {SHARD:,})"),
     argument(
         "--input",
         action="append",
@@ -1355,8 +1408,9 @@ KERNELS = argument("--kernels", action="store_true", help="compute with integers
         metavar="SHAPE",
         help="shape and dtype, like 32x1x28x28 or 1x64:int64; once for each input",
     ),
-    argument("--threads", type=int, help="of PyTorch (default: as it chooses)"),
-    argument("--repeats", type=int, default=30, help="rounds (default: 30)"),
+    # OpenMP crashes where it cannot start so many
+    argument("--threads", type=_whole(1, 1024), help="of PyTorch (default: as it chooses)"),
+    argument("--repeats", type=_whole(2), default=30, help="rounds (default: 30)"),
     argument("--engine", choices=["all", *ENGINES], help="what computes, beside PyTorch itself (default: nothing)"),
     CODE,
     KERNELS,
@@ -1364,8 +1418,6 @@ KERNELS = argument("--kernels", action="store_true", help="compute with integers
     QUIET,
 )
 def _bench(o):
-    if o.threads is not None and not 1 <= o.threads <= 1024:  # OpenMP crashes where it cannot start so many
-        raise ValueError(f"--threads is {o.threads}; it may be 1 to 1024")
     if twice := [p for p in o.models if o.models.count(p) > 1]:
         raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
     models, example, before = _ready(o, *o.models), tuple(map(example_of, o.input)), torch.get_num_threads()
@@ -1453,14 +1505,17 @@ def _retrieval(model):
         choices=[*DATA, "docstrings"],
         help="digits to read (the test part), or docstrings to find",
     ),
-    argument("--at-least", type=float, metavar="SHARE", help="exit status 1 if fewer are right, 0 to 1"),
+    argument(
+        "--at-least",
+        type=_real("a share, 0 to 1", lambda x: 0 <= x <= 1),
+        metavar="SHARE",
+        help="exit status 1 if fewer are right, 0 to 1",
+    ),
     CODE,
     KERNELS,
     JSON,
 )
 def _eval(o):
-    if o.at_least is not None and not 0 <= o.at_least <= 1:
-        raise ValueError(f"--at-least is {o.at_least}; it may be a share, 0 to 1")
     (model,) = _ready(o, o.model)
     if o.data == "docstrings" and not hasattr(model, "encode"):
         raise ValueError(f"{o.model} has no encode(texts): docstrings are for models of sentences")
@@ -1473,7 +1528,7 @@ def _eval(o):
     "compress LeNet-5 by every technique and print the table",
     "modelzip tour",
     argument("--folder", default="tour", help="where report.html and the .mz files go (default: tour)"),
-    argument("--seed", type=int, default=0, help="of the training (default: 0)"),
+    argument("--seed", type=_whole(), default=0, help="of the training (default: 0)"),
     JSON,
     QUIET,
 )
@@ -1524,7 +1579,17 @@ class _Parser(argparse.ArgumentParser):
         return fitting(super().format_help(), sys.stdout)
 
     def error(self, message):
+        if message.startswith("argument ") and ": is " in message:  # of `_whole` and `_real`
+            message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
+
+    def _check_value(self, action, value):  # of commands, and of options that may be one of a few
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as e:
+            if near := misspelt([value], *map(str, action.choices)):
+                e.message = f"there is no {value}; did you mean {near[1]}?"
+            raise
 
 
 class _Once(argparse.Action):

@@ -72,7 +72,7 @@ def check_model(model: Any) -> None:
     "`TypeError` unless it is a model, or None."
     check_machine()
     if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
 
 
 def told_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def take_apart(
         plain tensors by name; what else there is to know
     """
     if model is None:
-        raise TypeError("model is None; it may be a torch.nn.Module")
+        raise TypeError("model is None; it may be an nn.Module")
     check_model(model)
     check_said(info, *options)
     tensors, told, table = {}, {}, table_of(model)[0]

@@ -18,8 +18,8 @@ from .data import need
 from .kernels import QConv2d, QLinear
 from .workshop.calls import Flat, Layout, Quiet
 from .workshop.engines import one_scale_an_output
-from .workshop.graph_tracing import place_of, reason_of
-from .workshop.models import call, copied
+from .workshop.graph_tracing import reason_of
+from .workshop.models import call, copied, place_of
 from .workshop.onnx_attention import spell_out, static_attention, translations
 from .workshop.onnx_expanded import fetched_rows, float_linear
 from .workshop.onnx_files import disagreement, stored_bytes, written

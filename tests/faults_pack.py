@@ -66,14 +66,16 @@ def status(key, pid="self"):
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
-def peak_of(f):
-    """By how many bytes a process of its own grows at most while it runs f(). What is freed goes back to the system at
-    once: by itself glibc keeps freed blocks of up to 32 MB for each thread, more of them the busier the machine is."""
+def peak_of(f, first=lambda: None):
+    """By how many bytes a process of its own grows at most while it runs f(), after it has run first(), which touches
+    the code (of some builds of PyTorch 17 MB). What is freed goes back to the system at once: by itself glibc keeps
+    freed blocks of up to 32 MB for each thread, more of them the busier the machine is."""
     read, write = os.pipe()
 
     def measured():
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             mallopt(M_MMAP_THRESHOLD, 2**17)
+        first()
         with open("/proc/self/clear_refs", "w") as c:
             c.write("5")  # the high-water mark starts anew
         before = status("VmRSS")
@@ -90,12 +92,12 @@ LAYERS, N = 3, 2000  # tensors of 16 MB
 WORK = {"mapped": 8 * 2**20, "archived": 28 * 2**20}  # what coding by two threads and reading need, whatever the model
 
 
-def big(seed=0):
+def big(seed=0, n=N):
     "Random weights, quickly."
-    m = nn.Sequential(*(nn.Linear(N, N, bias=False, device="meta") for _ in range(LAYERS)))
+    m = nn.Sequential(*(nn.Linear(n, n, bias=False, device="meta") for _ in range(LAYERS)))
     g = torch.Generator().manual_seed(seed)
     for layer in m:
-        layer.weight = nn.Parameter(torch.empty(N, N).uniform_(generator=g), requires_grad=False)
+        layer.weight = nn.Parameter(torch.empty(n, n).uniform_(generator=g), requires_grad=False)
     return m
 
 
@@ -115,12 +117,14 @@ def peak_memory(folder):
 
     tensor, model, said, paths = 4 * N * N, 4 * N * N * LAYERS, [], [folder / f"big{i}.mz" for i in range(2)]
     for use, work in WORK.items():
-        saving = peak_of(lambda: save_many(models(2), folder, progress=False, archive=use == "archived", threads=2))
-        loading = peak_of(lambda: load_all(paths))
+        how = dict(progress=False, archive=use == "archived", threads=2)
+        small = lambda: save_many({"small": big(n=4)}, folder, **how)
+        saving = peak_of(lambda: save_many(models(2), folder, **how), small)
+        loading = peak_of(lambda: load_all(paths), lambda: load_all([folder / "small.mz"]))
         said.append(f"{use}: saving {saving / model:.2f}, loading {loading / model:.2f}")
         assert saving < model + 2 * tensor + work and loading < model + tensor + work, said
         if use == "mapped":
-            touched = peak_of(lambda: load_all(paths, mmap=True))
+            touched = peak_of(lambda: load_all(paths, mmap=True), lambda: load_all([folder / "small.mz"], mmap=True))
             assert touched < tensor, touched
             said.append(f"with mmap {touched / model:.2f}")
     for p in paths:

@@ -14,7 +14,7 @@ from torch import nn
 
 import mutations
 from guards import FUZZ
-from modelzip import archive, pack
+from modelzip import pack
 from modelzip.data import register_model
 from modelzip.pack import PackError, load, save
 from modelzip.workshop import asked, facts, kinds, layer_table

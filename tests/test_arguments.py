@@ -17,6 +17,7 @@ from modelzip import (
     exchange,
     kernels,
     language,
+    lossless,
     measure,
     pack,
     prune,
@@ -312,6 +313,106 @@ def test_every_public_function_says_what_its_arguments_may_be():
 def test_the_argument_is_named_as_the_caller_wrote_it(call, said):
     with pytest.raises(TypeError, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (NET.state_dict(), "load_state_dict(…) of your model takes a dict of tensors"),
+        ("net.mz", "load(path) gives the model of a .mz file"),
+        (LeNet5, "call it: LeNet5()"),
+        (np.ones(2), "; it may "),
+    ],
+)
+def test_what_is_no_model_says_what_makes_one(given, says):
+    seen, wrong = 0, []
+    for module, calls in CALLS.items():
+        for name, good in calls.items():
+            f = getattr(module, name)
+            for p in inspect.signature(f).parameters.values():
+                if p.annotation in (nn.Module, nn.Module | None) and p.name in good:
+                    seen += 1
+                    try:
+                        done = f(**{**good, p.name: given})
+                        inspect.isgenerator(done) and list(done)
+                        wrong.append(f"{name}({p.name}): takes it")
+                    except Exception as e:
+                        if not isinstance(e, TypeError) or says not in str(e):
+                            wrong.append(f"{name}({p.name}): {type(e).__name__}: {e}")
+    assert seen > 40 and not wrong, "\n".join(wrong)
+
+
+def takes_one_channel(f):
+    "A model whose first layer has one channel, called with three."
+    model, x = (
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3)).eval(),
+        torch.randn(4, 3, 8, 8),
+    )
+    f(model, x)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: pack.save(m, "b.mz", example=x),
+        lambda m, x: modelzip.shrink(m, x, 0.5),
+        lambda m, x: modelzip.deploy(m, x),
+        lambda m, x: modelzip.macs(m, x),
+        lambda m, x: modelzip.equalize(m, example=x),
+        lambda m, x: modelzip.fold_batchnorm(m, x),
+        lambda m, x: modelzip.gptq(m, [x]),
+        lambda m, x: modelzip.trellis(m, [x]),
+        lambda m, x: modelzip.quantize_static(m, [x]),
+        lambda m, x: modelzip.compress(m, [x], bytes=3000, progress=False),
+    ],
+)
+def test_the_layer_that_cannot_take_an_example_is_named(f):
+    says = r"layer 0, Conv2d\(1, 8, kernel_size=\(3, 3\), stride=\(1, 1\)\), is given float32 \[4, 3, 8, 8\]: "
+    with pytest.raises(ValueError, match=says):
+        takes_one_channel(f)
+
+
+class Decides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 32), nn.Linear(32, 3), nn.Linear(32, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        if x.mean() > 0:
+            return self.b(h)
+        return self.c(h)
+
+
+def test_a_model_that_decides_by_numbers_is_shrunk_by_examples_of_each_way():
+    with pytest.raises(ValueError, match=r"Decides, test_arguments.py line \d+, `if x.mean\(\) > 0:`: .*go each way"):
+        modelzip.shrink(Decides(), X.abs(), 0.5)
+    assert modelzip.shrink(Decides(), [X.abs(), -X.abs()], 0.5).a.out_features == 16
+
+
+BYTES_OF = np.arange(32, dtype=np.uint8)
+SPLIT_FLOATS = {  # a call of `modelzip.lossless` that works, and what may be wrong with it
+    "low_byte": (dict(words=BYTES_OF.astype(np.uint32), shift=8), dict(words=BYTES_OF, shift=25)),
+    "float_symbols": (dict(words=BYTES_OF.astype(np.uint16)), dict(words=np.ones(4))),
+    "float_rest": (dict(words=BYTES_OF.astype(np.uint64)), dict(words=[1, 2])),
+    "best_window": (dict(symbols=BYTES_OF), dict(symbols=-np.ones(4, int))),
+    "pack_pairs": (dict(symbols=BYTES_OF, first=3), dict(symbols=BYTES_OF[:15], first=300)),
+    "unpack_pairs": (dict(pairs=BYTES_OF, first=3), dict(pairs=BYTES_OF[:7], first=-1)),
+    "join_floats": (
+        dict(symbols=BYTES_OF, rest=BYTES_OF, low=[BYTES_OF] * 2, out=np.empty(32, np.uint32)),
+        dict(symbols=BYTES_OF[1:], rest=np.ones(32), low=[], out=np.empty(32, np.float32)),
+    ),
+}
+
+
+def test_floats_are_split_and_joined_only_as_words():
+    assert {*SPLIT_FLOATS} == {n for n in lossless.__all__ if inspect.isfunction(getattr(lossless, n))}
+    for name, (good, bad) in SPLIT_FLOATS.items():
+        getattr(lossless, name)(**good)
+        for key, x in [*bad.items(), *((k, None) for k in good), *((k, "text") for k in good)]:
+            with pytest.raises((TypeError, ValueError), match=f"^{key} (is|has)") as e:
+                getattr(lossless, name)(**{**good, key: x})
+            assert "modelzip" in str(e.traceback[-1].path)
 
 
 ODDLY = {  # argument → calls that are given a function of another number of arguments

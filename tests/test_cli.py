@@ -1,6 +1,6 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
 
-import argparse, contextlib, io, itertools, json, os, shutil, signal, stat, subprocess, sys
+import argparse, contextlib, io, itertools, json, os, re, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -560,6 +560,54 @@ def test_no_option_is_taken_for_another(capsys):
     assert seen > 50
 
 
+def test_a_misspelt_command_is_named(capsys):
+    for name in COMMANDS:
+        assert cli([name[:-1], "x"]) == 2
+        assert f"there is no {name[:-1]}; did you mean {name}?" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_is_refused_before_anything_is_done(place, monkeypatch, capsys):
+    "Each number of each command: nothing is announced, read or written."
+    monkeypatch.chdir(place)
+    beyond = {"bits": ["0", "17", "2.5"], "threads": ["0", "1025"], "seed": [str(2**64), "one"]}
+    seen, before = 0, {p: p.stat().st_mtime_ns for p in place.rglob("*")}
+    for name, p in parser()._subparsers._group_actions[0].choices.items():
+        for action in p._actions:
+            assert action.type not in (int, float), action.dest  # what these are of knows what it may be
+            if action.type is None:
+                continue
+            option, needed = action.option_strings[0], [a for a in p._actions if a.required]
+            rest = [w for a in needed for w in (*a.option_strings[-1:], (a.choices or ["own.mz"])[0])]
+            for value in beyond.get(action.dest, ["-1", "nan", "-inf", "x"]):
+                assert cli([name, f"{option}={value}", *rest]) == 2
+                out, err = capsys.readouterr()
+                assert not out and err.startswith(f"modelzip: {option} is {value}; it may be "), err
+                seen += 1
+    assert seen > 30 and before == {p: p.stat().st_mtime_ns for p in place.rglob("*")}
+
+
+def test_an_update_is_written_beside_its_base(place, tmp_path, monkeypatch, capsys):
+    "No command is told where else the base is, so a file that none could read is not written."
+    monkeypatch.chdir(tmp_path)
+    save(open_model(str(place / "own.mz")), "a.mz")
+    os.mkdir("d")
+    line = ["compress", "a.mz", "-o", "d/x.mz", "--bits", "4", "--base", "a.mz", "--quiet"]
+    assert cli(line) == 2 and not os.listdir("d")
+    assert "an update finds its base beside itself: copy it to d/a.mz first" in capsys.readouterr().err
+    os.link("a.mz", "d/a.mz")
+    assert cli(line) == 0 and cli(["inspect", "d/x.mz"]) == 0
+
+
+def test_a_whole_model_of_pytorch_says_how_it_becomes_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Linear(3, 3), "whole.pt")
+    says = "modelzip.save(torch.load(path, weights_only=False), 'model.mz', example=…)"
+    with pytest.raises(PackError, match=re.escape(says)):
+        load("whole.pt")
+    assert cli(["compress", "whole.pt", "-o", "x.mz"]) == 2 and not os.path.exists("x.mz")
+    assert says in capsys.readouterr().err
+
+
 def test_what_is_no_file_of_ours_says_what_reads_it(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     weights = {"a.weight": torch.rand(4, 4)}
@@ -694,6 +742,7 @@ def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
     """Every pair of options of compress: both act, or one is refused by name. (Nothing is searched for: that both
     are let through is enough.)"""
     monkeypatch.chdir(place)
+    os.link("own.mz", tmp_path / "own.mz")  # an update is written beside its base
     monkeypatch.setattr("modelzip.cli._by_bits", lambda model, o: save(model, o.output) and "")
     monkeypatch.setattr("modelzip.cli._by_target", lambda model, o: save(model, o.output) and "")
     written = lambda found, tied, o: Path(o.output).write_bytes(b"x") and ("", 1)

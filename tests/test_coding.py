@@ -1,6 +1,6 @@
 "The coders of chapters 04 and 04b: exact inverses, equal to independent references, and safe against damaged data."
 
-import heapq, itertools, math, random, time, tracemalloc, zlib
+import itertools, math, random, time, tracemalloc, zlib
 from collections import Counter
 
 import constriction

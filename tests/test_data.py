@@ -10,7 +10,6 @@ from torch import nn
 
 import modelzip.data as D
 from modelzip.data import (
-    Data,
     LeNet5,
     LeNet300,
     Retrieval,

@@ -1,7 +1,7 @@
 """Engines for whole models: each computes what PyTorch computes, for calls like the example's and for no others; `auto`
 takes none that does not; the caller's model, threads and random numbers stay as they were."""
 
-import builtins, copy, dataclasses, importlib.util, pickle
+import copy, dataclasses, importlib.util, pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 
 from guards import FUZZ
 from modelzip.data import LeNet5
-from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
+from modelzip.deploy import ENGINES, deploy, register_engine
 from modelzip.kernels import use_kernels
 from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.qat import convert, prepare
@@ -279,7 +279,6 @@ def test_auto_is_never_slower_than_what_was_given():
 
 @pytest.mark.parametrize("engine", NEEDS)
 def test_without_an_engine_the_error_says_what_to_install(engine, monkeypatch):
-    real = builtins.__import__
     import importlib
 
     missing = "onnxruntime" if engine == "onnxruntime" else "openvino"

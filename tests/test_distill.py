@@ -9,13 +9,12 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.special import log_softmax
 from torch import nn
 
-from modelzip.data import LeNet5, Split, accuracy, digits, train
+from modelzip.data import Split, accuracy, digits, train
 from modelzip.distill import (
     AttentionTransfer,
     Hints,
     Labels,
     Logits,
-    Loss,
     Relations,
     Seen,
     SoftTargets,

@@ -1,7 +1,7 @@
 """At the edges of files: options with a wrong letter, names that no tree can hold, and files that are read back before
 they are there; and at those of models: modules in modules, and very many."""
 
-import contextlib, io, zipfile
+import contextlib, zipfile
 
 import h5py
 import numpy as np
@@ -15,7 +15,7 @@ from modelzip import cli, exchange
 from modelzip.data import LeNet5
 from modelzip.exchange import from_hdf5, from_npz, from_safetensors, save_many, to_hdf5, to_npz, to_safetensors
 from modelzip.kernels import use_kernels
-from modelzip.pack import inspect, load, save
+from modelzip.pack import load, save
 from modelzip.prune import masks, prune_model
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model

@@ -1,7 +1,7 @@
 """Other formats from outside: what comes back, who else can read it, and what happens to files that are damaged,
 forged or from strangers."""
 
-import copy, functools, gc, io, json, math, os, pickle, random, resource, struct, subprocess, sys, weakref, zipfile, zlib
+import copy, functools, gc, io, json, math, os, pickle, resource, struct, sys, weakref, zipfile, zlib
 from functools import partial
 from pathlib import Path
 

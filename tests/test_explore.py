@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from modelzip import explore as module
-from modelzip.explore import Control, Explorer, MAX_BYTES, combinations, control, explore, frame, in_script, page, table
+from modelzip.explore import Explorer, MAX_BYTES, combinations, control, explore, frame, in_script, page, table
 from modelzip.workshop import frames
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
+from book import WIDGET
 
 
 def words(n=2, loud=False):

@@ -19,7 +19,6 @@ from modelzip.kernels import (
     as_int8,
     capabilities,
     gather_rows,
-    integer_conv2d,
     integer_linear,
     quantize_activations,
     use_kernels,

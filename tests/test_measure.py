@@ -115,7 +115,7 @@ def test_macs_leaves_no_trace():
     m = LeNet5().train()
     m.fc1.eval()
     macs(m, torch.zeros(1, 1, 28, 28))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="layer conv1, Conv2d"):
         macs(m, torch.zeros(1, 9))
     assert m.training and not m.fc1.training and not any(x._forward_hooks for x in m.modules())
     assert macs(nn.Sequential(a := nn.Linear(2, 2), a), torch.zeros(1, 2)) == {"0": 8}

@@ -19,7 +19,7 @@ helper, TensorProto = onnx.helper, onnx.TensorProto
 from modelzip import onnx_export
 from modelzip.data import Attention, LeNet5, TransformerBlock
 from modelzip.deploy import deploy
-from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
+from modelzip.kernels import QConv2d, QLinear, use_kernels
 from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
 from modelzip.prune import Inputs
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare

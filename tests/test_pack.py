@@ -1509,7 +1509,7 @@ def test_hostile_layers(tmp_path, layers):
     whole = save(Parts(), tmp_path / "good.mz", archive=False)
     with zipfile.ZipFile(whole) as z:
         m, payload = json.loads(z.read("manifest.json")), z.read("payload")
-    began = tracemalloc.start()
+    tracemalloc.start()
     unreadable(archive(tmp_path / "x.mz", m | {"modelzip": 3, "layers": layers}, payload))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -4,7 +4,6 @@ import copy, math, warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -20,10 +19,8 @@ from modelzip.ptq import (
     awq,
     awq_columns,
     calibrate,
-    caught_up,
     correct_bias,
     equalize,
-    feed,
     find_pairs,
     fitted_scales,
     gptq,
@@ -34,7 +31,6 @@ from modelzip.ptq import (
     hqq_weight,
     input_rows,
     inverse_factor,
-    mean_shift,
     nearest_weight,
     output_error,
     quantize_with,

@@ -1,18 +1,18 @@
 """Training through rounding: gradients against PyTorch's own, and integers that put out the same bits as the model
 that was trained."""
 
-import copy, json, math, threading, zipfile
+import copy, math, threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from guards import FUZZ
 from modelzip.integers import codes_of
-from modelzip.data import LeNet5, accuracy, digits, mnist5k, train
-from modelzip.pack import PackError, load, save
+from modelzip.data import LeNet5, accuracy, digits, train
+from modelzip.pack import load, save
 from modelzip.qat import (
     ActivationQuantizer,
     FakeQuantized,
@@ -26,7 +26,7 @@ from modelzip.qat import (
     static_codes,
     straight_through,
 )
-from modelzip.quant import Dequantize, quantize_model
+from modelzip.quant import quantize_model
 
 
 class Convolutions(nn.Module):

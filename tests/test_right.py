@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 
-from guards import FUZZ, answers, codes_alone, unchanged
+from guards import FUZZ, codes_alone, unchanged
 from modelzip.auto import compress
 from modelzip.data import Split
 from modelzip.distill import SoftTargets, distill
@@ -195,7 +195,7 @@ HOOKED = [(l, k) for l in ("second", "norm", "last") for k in ("forward", "pre",
     [(n, *h) for f, n in enumerate(CLOSE) for i, h in enumerate(HOOKED) if FUZZ or i % 6 == f % 6],
 )
 def test_hooks_act_or_are_refused(name, layer, kind):
-    model, calls = made(Convolutional), []
+    model = made(Convolutional)
     m = model.get_submodule(layer)
     if kind == "forward":
         m.register_forward_hook(lambda l, i, o: 2 * o)

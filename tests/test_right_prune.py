@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from guards import answers, codes_alone, examples, unchanged
+from guards import codes_alone, examples, unchanged
 from inputs import related
 from modelzip import prune
 from modelzip.data import Split
@@ -20,14 +20,10 @@ from modelzip.prune import (
     Mask,
     Pruner,
     SparseLinear,
-    SparseTensor,
-    choose_masks,
     collect,
     cut_layer,
     cut_model,
-    feed,
     fill_zeros,
-    find_mask,
     group_lasso,
     inverse_factor,
     l1_penalty,

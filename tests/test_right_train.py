@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from guards import FUZZ, answers, codes_alone, conv1d, unchanged
-from modelzip.data import LeNet5
 from modelzip.pack import load, save
 from modelzip.prune import prune_model
 from modelzip.qat import (
@@ -18,7 +17,6 @@ from modelzip.qat import (
     EntropyBits,
     FakeQuantized,
     FakeRecurrent,
-    StaticConv2d,
     StaticLinear,
     StepAdam,
     WeightQuantizer,
@@ -33,7 +31,7 @@ from modelzip.qat import (
 from modelzip.quant import Dequantize
 from modelzip.structured import RemainingAttention, RemainingLayerNorm
 from modelzip.workshop.matrices import floats_left
-from modelzip.workshop.models import call, logits_of
+from modelzip.workshop.models import logits_of
 
 
 class Takes(nn.Module):

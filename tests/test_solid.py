@@ -1,7 +1,7 @@
 """Solid files: what comes back, and what happens to files that are damaged or forged. And the bets that learn, and
 the price of bits."""
 
-import copy, io, itertools, json, math, random, sys, zlib
+import copy, io, itertools, json, math, random
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from modelzip.coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adapt
 from modelzip.data import LeNet5
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.qat import entropy_bits, prepare, soft_counts
-from modelzip.quant import quantize_layer, quantize_model
+from modelzip.quant import quantize_model
 from mutations import DAMAGE, JUNK, places, sorts, state, stored
 from test_pack import Holder, tensors
 from guards import examples, seeded

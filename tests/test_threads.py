@@ -1,8 +1,8 @@
 """Threads that lose nothing, answers with serial bits, a pool under everything that can go wrong. Nothing here
 depends on how fast the machine is."""
 
-import _thread, asyncio, contextvars, copy, ctypes, gc, importlib.util, itertools, math, os, pickle, signal, subprocess, sys, threading, time
-from collections import Counter, namedtuple
+import asyncio, contextvars, copy, ctypes, gc, importlib.util, itertools, math, os, pickle, signal, subprocess, sys, threading, time
+from collections import namedtuple
 from concurrent.futures import CancelledError
 from decimal import Decimal
 from fractions import Fraction
@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_info
 from torch import nn
 
-from modelzip.data import LeNet5, build_model, docstrings, minilm, mnist5k
+from modelzip.data import LeNet5, minilm, mnist5k
 from modelzip.kernels import use_kernels
 from modelzip.pack import inspect, save
 from modelzip.quant import quantize_model

@@ -5,7 +5,7 @@ arguments, an argument that is ignored, a table of what was asked another time, 
 type, a little off, right for some inputs only, and answers that change their input, or raise.
 """
 
-import copy, functools, itertools, math
+import copy, functools, math
 from collections.abc import Callable, Iterator
 
 import numpy as np

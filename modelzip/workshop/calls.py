@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from .models import HARMLESS, Inputs, as_inputs, own_copy
+from .models import HARMLESS, Inputs, as_inputs, naming_layer, own_copy
 
 # %% ../../nbs/workshop/calls.ipynb
 def arguments_of(
@@ -260,7 +260,9 @@ class Layout:
             itself
         """
         try:
-            tensors, names, self.rebuild = parts_of(called(self, model, [t.clone() for t in self.example]))
+            with naming_layer(model):
+                output = called(self, model, [t.clone() for t in self.example])
+            tensors, names, self.rebuild = parts_of(output)
         except TypeError as e:
             self.unsaid = str(e)
             return self

@@ -253,7 +253,8 @@ def choose_channels(
         raise ValueError(
             "model has no channels that can be removed: "
             + ("; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]) or "none has weights that are floats")
-            + passed_over(model)
+            + f"; {groups.trace.decides}it goes one way or another by numbers: examples that go each way, in a list,"
+            " show all of them" * bool(groups.trace.uncalled and groups.trace.decides) + passed_over(model)
         )
     scores = channel_scores(model, groups, criterion)
     at = lambda r: Choice(model, groups, pick(groups, scores, r, round_to, scope))

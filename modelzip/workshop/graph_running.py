@@ -210,8 +210,11 @@ def sizes_of(plan: Plan, shapes: list[tuple[int, ...]]) -> dict[str, int]:
         for n in i.shape if good else ():
             good = good and (type(n) is int or plan.sizes[n][1] <= sizes[n] <= plan.sizes[n][2])
         if not good:
+            fixed = [d for d, (want, n) in enumerate(zip(i.shape, shape)) if type(want) is int and want != n]
+            free = len(shape) == len(i.shape) and fixed
             raise ValueError(
                 f"{i.name} has the shape {list(shape)}; this graph takes {said_input(plan, i, 0 in shape)}"
+                + (f"; save(…, dynamic={{{fixed[0]}: 'a name', …}}) leaves a dimension free" if free else "")
             )
     return sizes
 

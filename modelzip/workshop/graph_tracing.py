@@ -6,7 +6,7 @@
 __all__ = ['trace', 'input_names']
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-import functools, itertools, keyword, linecache, operator, os, re, traceback, warnings
+import functools, itertools, keyword, operator, re, warnings
 from collections.abc import Callable
 from typing import Any, List, TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from .hollow import hollow
 from .kinds import hooks_named
 from .layer_table import layer_entry, plain_layer
 from .manifest import NAMES
-from .models import computed_by_hooks, copied
+from .models import computed_by_hooks, copied, naming_layer, place_of
 from .walking import items
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
@@ -187,33 +187,6 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
         raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{reason_of(e)}{else_}") from None
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def place_of(e: Exception, model: nn.Module) -> str:  # "layer blocks.0 (Gate), net.py line 3, `if x.sum() > 0:`: "
-    """Where in a model's own code an error arose; an empty text where nobody knows.
-
-    Parameters
-    ----------
-    e : Exception
-    model : nn.Module
-
-    Returns
-    -------
-    str
-        "layer blocks.0 (Gate), net.py line 3, `if x.sum() > 0:`: "
-    """
-    names, where, line = {id(m): (n, type(m).__name__) for n, m in model.named_modules()}, "", ""
-    errors = [e]
-    while errors[-1].__cause__ is not None:
-        errors.append(errors[-1].__cause__)
-    for frame, number in itertools.chain(*(traceback.walk_tb(e.__traceback__) for e in errors)):
-        if (found := names.get(id(frame.f_locals.get("self")))) is not None:
-            where, line = f"layer {found[0]} ({found[1]})" if found[0] else found[1], ""
-        if where and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "modelzip"):
-            file = frame.f_code.co_filename
-            text = linecache.getline(file, number, frame.f_globals).strip()
-            line = f", {os.path.basename(file)} line {number}" + f", `{cut(text, 80)}`" * bool(text)
-    return f"{where}{line}: " if where else ""
 
 
 def apart(program: Any) -> Any:  # an `ExportedProgram`
@@ -818,7 +791,8 @@ def trace(
     flat = Flat(own, layout).eval()
     tensors = [_at_least_two(x, free) for x, free in zip(layout.example, layout.free)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = called(layout, copied(own), [t.clone() for t in layout.example])
+        with naming_layer(first := copied(own)):
+            output = called(layout, first, [t.clone() for t in layout.example])
         numbers = hide(own)
         try:
             program = exported(flat, tensors, layout.free)

@@ -119,7 +119,7 @@ def build_from(
             if not root
             else (
                 f"it holds a {text_of(root)}, which no registered builder makes: pass a model of that class, load(path,"
-                " model)"
+                " model); a file that is saved with example=… needs none"
             )
         ),
     )

@@ -293,6 +293,8 @@ class ThroughCache(nn.Module):
     ):
         super().__init__()
         at_least(1, piece=piece)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
         self.model, self.make, self.piece = model, make, piece
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..prune import Mask
 from .matrices import passed_over
-from .models import call, computed, copied, hooks_of, may_write, output_tensors
+from .models import call, computed, copied, hooks_of, may_write, output_tensors, place_of
 from .rows import CALIBRATED
 
 # %% ../../nbs/workshop/pairs.ipynb
@@ -110,7 +110,9 @@ def _graph(model, training, arguments):
             graph = tracer.trace(twin, arguments)
     except Exception as e:
         raise Unproven(
-            f"its code cannot be followed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"[:200]
+            f"its code cannot be followed: {place_of(e, twin)}{str(e).splitlines()[0] if str(e) else type(e).__name__}"[
+                :300
+            ]
         ) from e
     if tracer.asked:
         raise Unproven("its code asks what its inputs are (isinstance)")

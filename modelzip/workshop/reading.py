@@ -292,7 +292,7 @@ def check_loading(model: Any, mmap: bool, verify: bool) -> None:
     "Errors for what `load` cannot do, before it opens anything."
     check_machine()
     if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module or None")
     if not verify and not mmap:
         raise ValueError("verify is False, but without mmap everything is read and checked anyway")
 

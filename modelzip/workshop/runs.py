@@ -32,7 +32,7 @@ def warm(model: nn.Module, examples: list[Any]) -> nn.Module:  # a copy, in eval
         a copy, in evaluation mode
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy:
         raise ValueError(f"{lazy} has no size yet; call the model once first")

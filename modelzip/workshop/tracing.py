@@ -10,7 +10,7 @@ __all__ = ['Step', 'is_attention', 'Walks', 'Record', 'concerns', 'escaped', 'ta
 import collections, copy, inspect, weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .axes import keep_all, left_out_stay, settle
-from .models import computed
+from .models import computed, place_now
 from .operations import ABOUT, RANDOM, numbers_in, tensors_of
 from .readonly import ReadOnly
 from .rehearsal import ready
@@ -109,6 +109,7 @@ class Record(Walks, TorchFunctionMode):
         self.owned, self.steps, self.edges, self.runs, self.uncalled = {}, [], [], [], {}
         self.rectangles, self.picked, self.left_out = [], [], []  # to be settled at the end
         self.tracks, self.norms, self.heads, self.hopeless = [], {}, {}, set()
+        self.decides = ""  # the first place in the model's code that takes a number out of a tensor
 
     def remembered(self, t: Tensor) -> Any:  # marks, or None
         """What is known of a tensor that is none of the model's.
@@ -147,6 +148,10 @@ class Record(Walks, TorchFunctionMode):
                 self.visible[self.path[-1]].append(m)
         self.visible[name]  # that there is one says that it was called
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        decides: str
+
 # %% ../../nbs/workshop/tracing.ipynb
 def concerns(t: Record, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     "Whether tensors come out whose channels a rule has to find."
@@ -159,6 +164,8 @@ def concerns(t: Record, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def escaped(t: Record, name: str, tensors: list[Tensor]) -> None:
+    if name in ("bool", "int", "float", "item", "tolist", "index"):
+        t.decides = t.decides or place_now(t.modules[""])
     for m in map(t.marks, tensors):
         keep_all(t.ties, m, f"`{name}` writes into it" if name == "set" else f"it leaves PyTorch by `{name}`")
     if name == "set" and tensors:

@@ -249,7 +249,7 @@ def check_saving(
     """
     check_machine()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     if base is not None and archive == "solid":
