@@ -14,13 +14,16 @@ import json, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from modelzip.auto import compress
 from modelzip.language import generate, listen, right_answers, smollm2, smollm2_tokenizer
 from modelzip.measure import wilson
 from modelzip.pack import load, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate, gptq, hqq
 from modelzip.quant import Dequantize, dequantize_model, quantize_model
+from modelzip.recipe import Samples
 from modelzip.workshop.block_streams import CodedBlocks
 from modelzip.workshop.coded import coded, sensitivities, sum_of_costs
 from modelzip.workshop.english import documents, english, next_sentences
@@ -126,7 +129,31 @@ def pruned(criterion):
     return make
 
 
+class Amplitudes(nn.Module):
+    "Roots of the probabilities of each next word: their cosine is Bhattacharyya's coefficient, 1 less a quarter of KL."
+
+    def __init__(self, said_by):
+        super().__init__()
+        self.said_by = said_by
+
+    def forward(self, ids):
+        return self.said_by(ids).log_softmax(-1).div(2).exp()
+
+
+def mixed_within(size):
+    "A step for each matrix, as `compress` finds them: calibrated on the same texts, sensitive to errors on other ones."
+
+    def make(b):
+        held = [d[None] for d in documents(english("validation"), b.tokenizer, 64, at_most=12)]
+        samples = Samples(batches=b.batches, held=held, example=held[0])
+        whole, _ = compress(Amplitudes(b.model), samples, bytes=size, tries=4, progress=False)
+        return whole.said_by
+
+    return make
+
+
 OTHERS = {
+    "mixed-3": mixed_within(67_412_798),  # what `gptq-3` takes
     "coded-0.01": coded_at(0.01),
     "coded-0.052": coded_at(0.052),
     "wanda-50": pruned("wanda"),

@@ -600,8 +600,10 @@ def _beside(cls):
     held = lambda x: isinstance(x, (nn.Module, Tensor, list, tuple, dict, weakref.ReferenceType))
     for code, known in _codes(cls):
         known = known()
+        attribute = lambda i: "ATTR" in i.opname or "METHOD" in i.opname
+        own = {i.argval for i in dis.get_instructions(code) if type(i.argval) is str and not attribute(i)}
         for n in (*code.co_names, *code.co_freevars):
-            if held(x := known.get(n)):
+            if held(x := known.get(n) if n in own else None):  # `model` in self.model is no global
                 yield n, x
             for c in [x, cls] if isinstance(x, type) else [cls]:
                 for k in code.co_names if c is not cls else [n]:
