@@ -314,6 +314,11 @@ def test_accuracy_stands_beside_the_ratio_on_a_telephone(browser, address, as_be
         const at = heads.findIndex(h => h.textContent.startsWith('accuracy'));
         return [heads[at - 1].textContent, ...[...table.rows].map(r => r.cells[at].getBoundingClientRect().right)];""")
     assert right[0] == "smaller" and max(right[1:]) <= 390
+    unsaid = browser.execute_script("""
+        const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1;
+        const fades = e => getComputedStyle(e).maskImage != 'none';
+        return [...document.querySelectorAll('main *')].filter(e => scrolls(e) != fades(e)).map(e => e.outerHTML);""")
+    assert unsaid == []  # what goes on beyond the edge fades there, and nothing else does
 
 
 QUESTIONS = {
