@@ -612,9 +612,12 @@ def _whole(
         may = f"{least} to {most}"
 
     def read(text):
-        n = int(text) if text.strip().lstrip("+-").isdecimal() else None
+        try:
+            n = int(text)
+        except ValueError:
+            n = None
         if n is None or not least <= n <= most:
-            raise argparse.ArgumentTypeError(f"is {text}; it may be {may}")
+            raise argparse.ArgumentTypeError(f"is {text:.40}; it may be {may}")
         return n
 
     return read

@@ -197,7 +197,7 @@ def test_what_is_refused(call, says, data, teacher):
 
 
 def test_wrong_types(data, teacher):
-    with pytest.raises(TypeError, match="student is a str"):
+    with pytest.raises(TypeError, match="student is 'x'; it may be an nn.Module"):
         distill("x", teacher, data.train)
     with pytest.raises(TypeError, match="data is a Tensor"):
         distill(net(8), teacher, data.train.x)

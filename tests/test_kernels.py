@@ -949,7 +949,7 @@ def test_use_kernels_leaves_what_it_cannot_do():
     assert torch.allclose(quick[2].eval()(x), q[2].eval()(x), atol=1e-5)
     with pytest.raises(ValueError, match="no compressed layer"):
         use_kernels(model)
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is 'model'; it may be an nn.Module"):
         use_kernels("model")
 
 

@@ -504,7 +504,7 @@ def test_errors_and_atomic_writing(everything, tmp_path, monkeypatch):
     path.write_bytes(b"before")
     for model, example, options, kind, text in (
         (nn.Linear(3, 3), x, {}, ValueError, "no compressed layer"),
-        ("model", x, {}, TypeError, "model is a str"),
+        ("model", x, {}, TypeError, "model is 'model'; it may be an nn.Module"),
         (small, [1.0], {}, TypeError, "example holds list"),
         (small, x, dict(opset=12), ValueError, "opset is 12"),
         (small, x, dict(opset="21"), ValueError, "opset"),

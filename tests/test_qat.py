@@ -484,7 +484,7 @@ def test_what_prepare_refuses(how, says):
 
 
 def test_other_errors():
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is 'LeNet5'; it may be an nn.Module"):
         prepare("LeNet5")
     with pytest.raises(ValueError, match="no layer"):
         prepare(nn.ReLU())

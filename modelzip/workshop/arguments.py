@@ -223,7 +223,7 @@ def remedy(
         return f"{NEAR[0]}{x.__name__}()" if fits_instance(x, kind) else ""
     if "Module" not in {getattr(k, "__name__", "") for k in typing.get_args(kind) or (kind,)}:
         return ""
-    if isinstance(x, Mapping) and x:
+    if isinstance(x, Mapping) and x and all(hasattr(v, "dtype") for v in x.values()):
         return f"{NEAR[1]}…) of your model takes a dict of tensors"
     return f"{NEAR[2]}path) gives the model of a .mz file" if isinstance(x, (str, os.PathLike)) else ""
 

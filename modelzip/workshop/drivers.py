@@ -314,9 +314,10 @@ def expand_once(
     plain = layer.expanded
 
     def expanded() -> nn.Module:
-        if not kept or kept["value"]._version != kept["version"]:
+        if not kept or kept["version"] is None or kept["value"]._version != kept["version"]:
             new = plain()
-            kept.update(value=new._parameters[layer.name], version=new._parameters[layer.name]._version)
+            w = new._parameters[layer.name]
+            kept.update(value=w, version=None if w.is_inference() else w._version)  # there it counts no writing
             return new
         new = layer.layer.expanded() if isinstance(layer.layer, Dequantize) else shallow_copy(layer.layer)
         set_parameter(new, layer.name, kept["value"])

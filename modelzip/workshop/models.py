@@ -117,7 +117,7 @@ def place_of(e: BaseException, model: nn.Module) -> str:  # "layer gate (Gate), 
         "layer gate (Gate), net.py line 3, `if x.sum() > 0:`: "
     """
     errors = [e]
-    while errors[-1].__cause__ is not None:
+    while errors[-1].__cause__ not in (None, *errors):  # a cause may be its own
         errors.append(errors[-1].__cause__)
     return _place(itertools.chain(*(traceback.walk_tb(e.__traceback__) for e in errors)), model)
 
@@ -139,18 +139,29 @@ def _place(frames, model):
             text = linecache.getline(frame.f_code.co_filename, number, frame.f_globals).strip()
             line = f", {os.path.basename(frame.f_code.co_filename)} line {number}" + f", `{text:.80}`" * bool(text)
     if where and not line and not any(m.children()):
-        where = f"layer {names[id(m)]}, " * bool(names[id(m)]) + f"{m!r:.120}"
+        with contextlib.suppress(Exception):  # a class may have a `__repr__` that fails
+            where = f"layer {names[id(m)]}, " * bool(names[id(m)]) + f"{m!r:.120}"
         line = f", is given {', '.join(map(_short, given))}" * bool(given)
     return f"{where}{line}: " if where else ""
 
 
+def _meant(e):
+    "Does an error come from a `raise` outside of PyTorch and of this library?"
+    at = e.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    inside = at.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "modelzip")
+    return not inside and dis.opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+
+
 @contextlib.contextmanager
 def naming_layer(model: Any) -> Iterator[None]:
-    "Within, what PyTorch says of sizes begins with the layer, and with what that was given (`ValueError`)."
+    """Within, what PyTorch says of sizes begins with the layer, and with what that was given (`ValueError`). What a
+    model's own code raises stays what it is."""
     try:
         yield
     except (RuntimeError, IndexError) as e:
-        where = place_of(e, model) if isinstance(model, nn.Module) else ""
+        where = place_of(e, model) if isinstance(model, nn.Module) and not _meant(e) else ""
         if type(e) not in (RuntimeError, IndexError) or not where:
             raise
         raise ValueError(f"{where}{e}") from e
