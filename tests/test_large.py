@@ -99,8 +99,10 @@ for line in sys.argv[1:]:
 
 
 def peaks(*lines):
-    "MB beyond what is there at the start, after each of these commands in one process."
-    done = subprocess.run([sys.executable, "-c", CHILD, *lines], capture_output=True, text=True, check=True)
+    """MB beyond what is there at the start, after each of these commands in one process. What is freed goes back to the
+    system at once, see `faults_pack.peak_of`: else the peak is by 30 to 90 MB another from run to run."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    done = subprocess.run([sys.executable, "-c", CHILD, *lines], capture_output=True, text=True, check=True, env=env)
     return [float(l.split()[1]) for l in done.stdout.splitlines() if l.startswith("PEAK")]
 
 
@@ -119,7 +121,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, monkeypatch):
         "diff a.mz b.mz",
         "compress many.safetensors -o many.mz --observer minmax --quiet",
     )
-    assert table < 10 and entropies < 50 and differences < 80 and compressed < 3 * 17 + 140
+    assert table < 10 and entropies < 50 and differences < 80 and compressed < 3 * 17 + 130
 
 
 def test_who_is_killed_leaves_the_old_file(tmp_path):
