@@ -611,31 +611,23 @@ def _whole(
     else:
         may = f"{least} to {most}"
 
-    def read(text):
-        try:
-            n = int(text)
-        except ValueError:
-            n = None
-        if n is None or not least <= n <= most:
-            raise argparse.ArgumentTypeError(f"is {text:.40}; it may be {may}")
-        return n
-
-    return read
+    return _number(int, may, lambda n: least <= n <= most)
 
 
-def _real(
+def _number(
+    kind: Callable[[str], Any],  # `int` or `float`; NaN fits nothing
     may: str,  # in words
-    fits: Callable[[float], bool],  # NaN fits nothing
-) -> Callable[[str], float]:
+    fits: Callable[[Any], bool],
+) -> Callable[[str], Any]:
     "The same of a number of which `fits` knows whether it may be."
 
     def read(text):
         try:
-            x = float(text)
+            x = kind(text)
         except ValueError:
-            x = float("nan")
-        if not fits(x):
-            raise argparse.ArgumentTypeError(f"is {text}; it may be {may}")
+            x = None
+        if x is None or not fits(x):
+            raise argparse.ArgumentTypeError(f"is {text:.40}; it may be {may}")
         return x
 
     return read
@@ -871,17 +863,17 @@ DATA: dict[str, Callable[..., Any]] = {
     argument("--bytes", type=_whole(1), help="target: the file has at most so many"),
     argument(
         "--cosine",
-        type=_real("above 0 and below 1", lambda x: 0 < x < 1),
+        type=_number(float, "above 0 and below 1", lambda x: 0 < x < 1),
         help="target: mean cosine of the outputs to the original's, at least; needs --data",
     ),
     argument(
         "--accuracy-loss",
-        type=_real("0 to below 100, in percentage points", lambda x: 0 <= x < 100),
+        type=_number(float, "0 to below 100, in percentage points", lambda x: 0 <= x < 100),
         help="target: at most so many percentage points are lost; needs --data",
     ),
     argument(
         "--milliseconds",
-        type=_real("above 0", lambda x: 0 < x < float("inf")),
+        type=_number(float, "above 0", lambda x: 0 < x < float("inf")),
         help="target: the loaded model takes at most so many for an input; needs --data",
     ),
     argument("--data", choices=[*DATA], help="what targets are measured on, and what is trained on"),
@@ -1510,7 +1502,7 @@ def _retrieval(model):
     ),
     argument(
         "--at-least",
-        type=_real("a share, 0 to 1", lambda x: 0 <= x <= 1),
+        type=_number(float, "a share, 0 to 1", lambda x: 0 <= x <= 1),
         metavar="SHARE",
         help="exit status 1 if fewer are right, 0 to 1",
     ),
@@ -1582,7 +1574,7 @@ class _Parser(argparse.ArgumentParser):
         return fitting(super().format_help(), sys.stdout)
 
     def error(self, message):
-        if message.startswith("argument ") and ": is " in message:  # of `_whole` and `_real`
+        if message.startswith("argument ") and ": is " in message:  # of `_number`
             message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
 
