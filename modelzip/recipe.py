@@ -467,7 +467,7 @@ class Judge:
         self.exact = self.outputs(model) if self.metric == "cosine" else None
         if self.exact is not None and not all(bool(t.isfinite().all()) for rows in self.exact.values() for t in rows):
             raise ValueError("the model puts out NaN or infinite values; give evaluate=, a function of the model")
-        self.baseline = self(model)
+        self.baseline = self(model) if self.exact is None else likeness(self.exact, self.exact)
 
     def __call__(self, model: nn.Module) -> float | None:
         with alone(), seeded(0):

@@ -440,7 +440,9 @@ class Search:
         self, why: str, menu: Menu, picks: list[int], before: Sequence[Any], trellis: float | None = None
     ) -> Try:
         how = recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed, trellis)
-        return self.attempt(why, how, menu, picks, trellis)
+        # what was tried is not tried again
+        known = next((t for t in self.tries if t.menu is menu and t.recipe == how), None)
+        return known or self.attempt(why, how, menu, picks, trellis)
 
     @property
     def good(self) -> list[Try]:
@@ -464,8 +466,8 @@ class Search:
         trellis: bool
         progress: Any
 
-        def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> 'Try | None':
-            "Tries whose files approach the budget from both sides."
+        def within_bytes(self, menu: Menu, before: Sequence[Any], label: str, most: int) -> 'Try | None':
+            "Tries, so many at most, whose files approach the budget from both sides."
             ...
 
         def _overhead(self, before):
@@ -473,7 +475,7 @@ class Search:
             steps."""
             ...
 
-        def with_quality(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> 'Try | None':
+        def with_quality(self, menu: Menu, before: Sequence[Any], label: str, most: int) -> 'Try | None':
             """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the
             error says where to begin. Where sketches can be judged, they say where to look."""
             ...
@@ -485,7 +487,15 @@ class Search:
         def _first_guess(self, menu, low, high):
             ...
 
-        def by_sketches(self, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> 'Try | None':
+        def by_sketches(
+            self,
+            menu: Menu,
+            before: Sequence[Any],
+            label: str,
+            low: float,
+            high: float,
+            most: int,
+        ) -> 'Try | None':
             "Tries where sketches say that the quality is just enough."
             ...
 
@@ -501,18 +511,30 @@ class Search:
             judged."""
             ...
 
+        def sketched(self, menu: Menu) -> bool:
+            "Whether there are sketches, and a quality to judge them by."
+            ...
+
+        def enough(self, t: 'Try') -> float:
+            "At which share of a try's bytes the cosine would just be met, about."
+            ...
+
         def quick(self) -> Judge:
             """Who judges sketches: on some of the batches, always the same, as tries tell by how much all of them
             differ."""
             ...
 
         def along_trellises(self, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
-            """The allocation of the best try, along a trellis, with all steps times a factor by which the target is
-            just met."""
+            "What the best try tells, along a trellis, with all steps times a factor by which the target is just met."
             ...
 
         def room(self, t: 'Try') -> float:
             "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
+            ...
+
+        def rounding_may_do(self, menu: Menu) -> bool:
+            """Whether fewer bytes than those of the best file might do without a trellis, as the tries without one
+            tell."""
             ...
 
         def allocate_and_try(self, before: Sequence[Any]) -> None:
@@ -544,12 +566,12 @@ def in_words(e: Exception) -> str:
 
 # %% ../../nbs/workshop/search.ipynb
 @patch
-def within_bytes(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
-    "Tries whose files approach the budget from both sides."
+def within_bytes(self: Search, menu: Menu, before: Sequence[Any], label: str, most: int) -> Try | None:
+    "Tries, so many at most, whose files approach the budget from both sides."
     wish, low, high, seen, best = self.target.bytes, 0.0, math.inf, set(), None
     budget = wish - self._overhead(before)
     smallest = sum(min(b) for b in menu.bytes)
-    for _ in range(self.most):
+    for _ in range(most):
         picks = menu.pick(max(budget, smallest))
         if tuple(picks) in seen:
             break
@@ -583,16 +605,16 @@ def _overhead(self: Search, before):
 
 
 @patch
-def with_quality(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
+def with_quality(self: Search, menu: Menu, before: Sequence[Any], label: str, most: int) -> Try | None:
     """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the error
     says where to begin. Where sketches can be judged, they say where to look."""
     low = math.log(sum(min(b) for b in menu.bytes))
     high = math.log(sum(max(x for x in b if math.isfinite(x)) for b in menu.bytes))
-    if self.judge.metric == "cosine" and menu.parts is not None:
-        return self.by_sketches(menu, before, label, low, high)
+    if self.sketched(menu):
+        return self.by_sketches(menu, before, label, low, high, most)
     seen, best = set(), None
     guess = self._first_guess(menu, low, high)
-    for _ in range(self.most):
+    for _ in range(most):
         picks = menu.pick(math.exp(guess) + 1)
         if tuple(picks) in seen and high - low < 0.02:
             break
@@ -656,12 +678,14 @@ SOME = 8  # batches that sketches are judged on, at most
 
 
 @patch
-def by_sketches(self: Search, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
+def by_sketches(
+    self: Search, menu: Menu, before: Sequence[Any], label: str, low: float, high: float, most: int
+) -> Try | None:
     "Tries where sketches say that the quality is just enough."
     told, seen, best = {}, set(), None
     wanted = math.log(1 - self.target.quality)
     guess = self.where_sketches_reach(menu, told, wanted, low, high)
-    for _ in range(self.most):
+    for _ in range(most):
         step, picks = NEAR, menu.pick(math.exp(guess) + 1)
         while best is None and tuple(picks) in seen and guess < high:  # of few tensors the next choice may be far
             guess, step = min(guess + step, high), 2 * step
@@ -699,6 +723,18 @@ def where_sketches_reach(
         if abs(told[at] - wanted) < AHEAD:
             break
     return guess
+
+
+@patch
+def sketched(self: Search, menu: Menu) -> bool:
+    "Whether there are sketches, and a quality to judge them by."
+    return self.target.quality is not None and self.judge.metric == "cosine" and menu.parts is not None
+
+
+@patch
+def enough(self: Search, t: Try) -> float:
+    "At which share of a try's bytes the cosine would just be met, about."
+    return math.exp(math.log(max(1 - t.quality, 1e-12) / (1 - self.target.quality)) / -STEEP)
 
 
 @patch
@@ -750,19 +786,19 @@ def curve_at(told: dict[float, float], at: float) -> float:
     return told[a] + steep * (at - a)
 
 # %% ../../nbs/workshop/search.ipynb
-WIDER = 0.3  # log of the factor at which a trellis is about as good as rounding
+WIDER = 0.22  # log of the factor at which a trellis is about as good as rounding
 ALONG = 4  # tries along a trellis, at most
 
 
 @patch
 def along_trellises(self: Search, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
-    "The allocation of the best try, along a trellis, with all steps times a factor by which the target is just met."
+    "What the best try tells, along a trellis, with all steps times a factor by which the target is just met."
     tries = [t for t in self.good if t.menu is menu]
     if not tries:
         return
     best = max(tries, key=self.target.worth)
     steps = menu if "spacing" in menu.options[0] else menu_of(model, self.samples, SPACED)
-    picks = steps.pick_steps(best.menu.size(best.picks))
+    picks = steps.pick_steps(menu.size(best.picks) * (self.enough(best) if self.sketched(menu) else 1))
     at, rooms, met = WIDER * (self.target.quality is not None), {}, {}
     for _ in range(min(self.most, ALONG)):
         factor = math.exp(at)
@@ -788,6 +824,13 @@ def room(self: Search, t: Try) -> float:
     else:
         room = 0.1 if t.quality >= self.target.quality else -0.1
     return min(max(room, -0.7), 0.7)
+
+
+@patch
+def rounding_may_do(self: Search, menu: Menu) -> bool:
+    "Whether fewer bytes than those of the best file might do without a trellis, as the tries without one tell."
+    rounded = [t for t in self.good if t.menu is menu and t.trellis is None]
+    return not self.target.met_by(self.best) or any(t.bytes * self.enough(t) < self.best.bytes for t in rounded)
 
 
 def next_factor(
@@ -860,10 +903,12 @@ def from_menus(self: Search, before: Sequence[Any], label: str = "") -> Try | No
     try:
         model = Recipe(before, self.seed)(self.model, self.samples) if before else self.model
         menu = menu_of(model, self.samples, options)
-        best = find(menu, before, label)
-        if self.trellis and self.samples.train is None:
+        along = self.trellis and self.samples.train is None
+        first = 1 if along and self.sketched(menu) else self.most
+        best = find(menu, before, label, first)
+        if along:
             self.along_trellises(menu, model, before, label)
-        return best
+        return best if first == self.most or not self.rounding_may_do(menu) else find(menu, before, label, self.most)
     except Exception as e:
         self.failed(f"{label}allocation", e)
     finally:
