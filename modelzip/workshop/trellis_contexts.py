@@ -174,11 +174,11 @@ def run_of(inputs: int) -> int:
 # %% ../../nbs/workshop/trellis_contexts.ipynb
 def way_back(state: Tensor, before: Tensor, second: Tensor, *noted: Tensor) -> tuple[Tensor, list[Tensor]]:
     "From where paths have come to, [paths, rows]: the states in which they began; of what was noted, what is theirs."
-    theirs = [torch.empty(len(t), *state.shape, dtype=t.dtype) for t in noted]
+    theirs, came = [torch.empty(len(t), *state.shape, dtype=t.dtype) for t in noted], before.t().flatten()
     for t in reversed(range(len(second))):
         for out, of_all in zip(theirs, noted):
             torch.gather(of_all[t], 0, state, out=out[t])
-        state = torch.where(second[t].gather(0, state), before[1][state], before[0][state])
+        state = came.index_select(0, (2 * state + second[t].gather(0, state)).flatten()).view(state.shape)
     return state, theirs
 
 
