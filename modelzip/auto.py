@@ -41,6 +41,7 @@ from .workshop.deadlines import checked_count
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.menu import DENSE, REFERENCES, SPARSE, Menu, describe_option, menu_of, tensors_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
+from .workshop.replay import looks_kept
 from modelzip.workshop.search import (
     CompressionReport,
     Search,
@@ -390,7 +391,7 @@ def compress(
     _check_trellis(trellis, recipe, (bytes, accuracy_loss, cosine))
     if path is not None:
         _check_path(path)
-    with alone(), seeded(seed), tempfile.TemporaryDirectory() as folder:
+    with alone(), seeded(seed), looks_kept(), tempfile.TemporaryDirectory() as folder:
         samples = _samples_for(model, data, example, cosine)
         _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine)
         judge = Judge(model, samples, evaluate)

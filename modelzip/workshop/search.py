@@ -685,7 +685,7 @@ def by_sketches(
     told, seen, best = {}, set(), None
     wanted = math.log(1 - self.target.quality)
     guess = self.where_sketches_reach(menu, told, wanted, low, high)
-    for _ in range(most):
+    for left in reversed(range(most)):
         step, picks = NEAR, menu.pick(math.exp(guess) + 1)
         while best is None and tuple(picks) in seen and guess < high:  # of few tensors the next choice may be far
             guess, step = min(guess + step, high), 2 * step
@@ -701,6 +701,8 @@ def by_sketches(
             best, high = max(best or t, t, key=self.target.worth), min(high, at)
         else:
             low = max(low, min(at, high))
+        if not left:
+            break
         better = math.log(max(1 - t.quality, 1e-12)) - curve_at(told, at)
         guess = self.where_sketches_reach(menu, told, wanted - better - AHEAD, low, high)
         if best is not None and high - max(low, guess) < 2 * NEAR:
