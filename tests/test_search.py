@@ -274,6 +274,16 @@ def test_trellises_take_fewer_bytes_or_do_less_harm(wish):
         assert report.bytes < 0.95 * best.bytes and report.quality < 0.9725
 
 
+def test_rounding_goes_on_where_trellises_are_no_smaller():
+    "Tables of classes take more than a trellis gains: the file is what it is without one, and nothing is tried twice."
+    model, x = chain(), batches(20, 24)
+    plain, report = (compress(model, x, cosine=0.99, trellis=t, progress=False)[1] for t in (False, True))
+    assert report.best.trellis is None and report.bytes == plain.bytes
+    assert len({t.why for t in report.tries}) == len(report.tries)
+    first = [t.trellis is None for t in report.tries].index(False)
+    assert [t.why for t in report.tries if t.trellis is None] == [t.why for t in plain.tries] and first == 2
+
+
 def norm(m):
     return m[-1].weight.square().mean().clamp(0, 1).item()
 
