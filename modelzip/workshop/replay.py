@@ -216,7 +216,8 @@ class Replay:
             ...
 
         def forget(self) -> None:
-            "Empty the outputs all of whose uses lie inside modules that answer from memory."
+            """Empty the outputs all of whose uses lie inside modules that answer from memory, and let their parts
+            forget that they did."""
             ...
 
         def in_order(
@@ -494,8 +495,6 @@ def remember(
     """
     for name in self.look.used_in:
         if name and self.finished(name, done, chosen):
-            for n in [n for n in self.memory if n.startswith(f"{name}.")]:  # its parts need not remember any more
-                del self.memory[n], self.model.get_submodule(n).forward
             self.memory[name] = self.from_memory(self.model.get_submodule(name), name)
     self.forget()
 
@@ -529,9 +528,12 @@ def settled(self: Replay, name: str, done: set[str], chosen: list[str]) -> bool:
 # %% ../../nbs/workshop/replay.ipynb
 @patch
 def forget(self: Replay) -> None:
-    "Empty the outputs all of whose uses lie inside modules that answer from memory."
+    """Empty the outputs all of whose uses lie inside modules that answer from memory, and let their parts forget that
+    they did."""
     filled = {n for n, outputs in self.memory.items() if len(outputs) == sum(self.look.calls(n))}
-    for name in filled:
+    for n in [n for n in self.memory if any(n.startswith(f"{name}.") for name in filled)]:
+        del self.memory[n], self.model.get_submodule(n).forward
+    for name in filled & set(self.memory):
         uses = self.look.used_in[name]
         if not uses or not all(filled & set(inside) for inside in uses):
             continue

@@ -85,8 +85,6 @@ def remembering(replay: Replay, done: set[str], readers: set[str]) -> None:
     "Let modules answer from memory that no tensor reaches any more which is still to be changed."
     for name in replay.look.used_in:
         if name and (name not in readers or name in done) and replay.finished(name, done, list(readers)):
-            for n in [n for n in replay.memory if n.startswith(f"{name}.")]:
-                del replay.memory[n], replay.model.get_submodule(n).forward
             replay.memory[name] = replay.from_memory(replay.model.get_submodule(name), name)
     replay.forget()
 
