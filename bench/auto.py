@@ -1,5 +1,5 @@
 """MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, of steps that `compress` finds, rounded
-and along trellises.
+("rounded") and along trellises.
 
     python bench/auto.py            both
     python bench/auto.py 0.99       one of them
@@ -53,9 +53,9 @@ def timed(f, *args, **kwargs):
 def row(model, judge, found, fp32, cosine, folder):
     "One target: what `compress` found, and what the file is worth on other sentences."
     path = Path(folder) / f"{cosine}.mz"
-    (_, report), searching = timed(
-        compress, model, found, cosine=cosine + MARGIN[cosine], tries=6, trellis=True, path=path, progress=False
-    )
+    how = dict(cosine=cosine + MARGIN[cosine], tries=6, progress=False)
+    (_, rounded), rounding = timed(compress, model, found, **how)
+    (_, report), searching = timed(compress, model, found, **how, trellis=True, path=path)
     print(report, flush=True)
     size = path.stat().st_size
     back, loading = timed(lambda: dequantize_model(load(path)))
@@ -74,6 +74,7 @@ def row(model, judge, found, fp32, cosine, folder):
         **searching,
         load=loading,
         threads=torch.get_num_threads(),
+        rounded=dict(bytes=rounded.bytes, cosine=rounded.quality, tries=len(rounded.tries), **rounding),
         recipe=report.recipe.to_dict(),
         tries=[
             dict(
