@@ -19,7 +19,8 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 import translations
-from once import compared_whole, few_rounds, figures_undrawn, replaced, training_kept, translations_read_once
+from once import compared_whole, few_rounds, figures_undrawn, pooled_by_rows, replaced, training_kept
+from once import translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
@@ -217,7 +218,7 @@ def one(path, folder):
         if "train(" in code and re.search(r"from modelzip\.data import", code) and "default_exp data" not in code:
             data = importlib.import_module("modelzip.data")
             once.enter_context(replaced(data, "train", training_kept(data.train, folder)))
-        once.enter_context(compared_whole())
+        once.enter_context(compared_whole()), once.enter_context(pooled_by_rows())
         wrong = once.enter_context(figures_undrawn(pages="explore(" in code and path.parent.name != "workshop"))
         passed, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
     for said in wrong:
