@@ -144,3 +144,40 @@ def test_what_is_compared_whole_is_compared_as_before():
             for a, b in other:
                 with pytest.raises(AssertionError):
                     check_equal(a, b)
+
+
+def test_windows_are_pooled_as_before():
+    def asked(x):
+        out = torch.nn.functional.max_pool2d(x, 2)
+        return out, torch.autograd.grad(out, x, torch.arange(out.numel()).view_as(out).float())[0]
+
+    torch.manual_seed(0)
+    ties = torch.randn(16, 3, 64, 48).mul(2).round_()
+    images = [ties, ties[:1], ties[..., 1:], ties.double(), ties.to(memory_format=torch.channels_last), ties[0]]
+    before = torch.nn.functional.max_pool2d
+    for x in (x.requires_grad_() for x in images):
+        want = asked(x)
+        with once.pooled_by_rows():
+            assert before is not torch.nn.functional.max_pool2d
+            found = asked(x)
+        assert all(map(torch.equal, want, found)) and all(a.stride() == b.stride() for a, b in zip(want, found))
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.max_pool2d(x, 2)
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            names.append(f.__name__)
+            return f(*args, **(kwargs or {}))
+
+    net, x, names = Net(), torch.randn(64, 1, 32, 32), []
+    with once.pooled_by_rows():
+        assert torch.equal(torch.vmap(net)(x[:, None])[:, 0], net(x))
+        with Watch():
+            net(x)
+        assert names == ["max_pool2d"] and "max_pool2d" in str(torch.fx.symbolic_trace(net).graph)
+        assert "max_pool2d" in str(torch.jit.trace(net, x).graph) and "max_pool2d" in str(
+            torch.export.export(net, (x,))
+        )
+    assert torch.nn.functional.max_pool2d is before

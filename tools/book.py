@@ -19,7 +19,8 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 import translations
-from once import compared_whole, few_rounds, figures_undrawn, replaced, training_kept, translations_read_once
+from once import compared_whole, few_rounds, figures_undrawn, pooled_by_rows, replaced, training_kept
+from once import translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
@@ -176,13 +177,26 @@ def run(paths):
     readme()
 
 
+# What many notebooks import of the book: first their modules' own notebooks run, then the processes have it already.
+STOREYS = ("data", "explore", "measure", "quant", "pack"), ("recipe",)
+
+
+@contextlib.contextmanager
+def kept():
+    "What is imported in this block stays: the collectors of a copy of this process leave it alone."
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
-    gc.disable()  # what is imported stays
     import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, threadpoolctl
     import tokenizers, torch, zstandard
-    import IPython.core.crashhandler, IPython.core.magics.execution, torch.nn.utils.prune
+    import IPython.core.crashhandler, IPython.core.magics.execution, torch.export._trace, torch.nn.utils.prune
     import torch._dynamo  # the first optimizer of a process imports it
     from matplotlib.backends.registry import backend_registry
 
@@ -195,9 +209,29 @@ def preload():
         all_pairs(), minilm_tokenizer()
     backend_registry.list_all()  # reads what is installed
     inspect.getmodule(None, "nowhere")  # notes the file of all 4,000 modules, for whoever asks where a source is
-    gc.collect()
-    gc.freeze()  # the copies' collectors leave it alone
-    gc.enable()
+
+
+def notebooks_below(storeys):
+    "For each storey the notebooks that make its modules, or what these import: a process of its own finds out."
+
+    def told(answer):
+        found = []
+        for names in storeys:
+            for name in names:
+                importlib.import_module(f"modelzip.{name}")
+            ours = [Path(m.__file__) for n, m in [*sys.modules.items()] if n.startswith("modelzip.")]
+            found.append(
+                set(re.findall(r"^# %% (?:\.\./)+nbs/(\S+)\.ipynb", "\n".join(map(Path.read_text, ours)), re.M))
+            )
+        answer.send(found)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=told, args=[theirs])
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
 
 
 def one(path, folder):
@@ -217,7 +251,7 @@ def one(path, folder):
         if "train(" in code and re.search(r"from modelzip\.data import", code) and "default_exp data" not in code:
             data = importlib.import_module("modelzip.data")
             once.enter_context(replaced(data, "train", training_kept(data.train, folder)))
-        once.enter_context(compared_whole())
+        once.enter_context(compared_whole()), once.enter_context(pooled_by_rows())
         wrong = once.enter_context(figures_undrawn(pages="explore(" in code and path.parent.name != "workshop"))
         passed, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
     for said in wrong:
@@ -232,10 +266,9 @@ def test(workers=2):
 
 
 def test_with(workers, folder):
-    "The longest notebooks first, so that no processor waits at the end."
+    "Storey by storey the longest notebooks first, so that no processor waits at the end."
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
-    running, failed = {}, []
+    running, failed, storey = {}, [], 0
 
     def start(kind, name, target, *arguments):
         process = multiprocessing.get_context(kind).Process(target=target, args=arguments)
@@ -243,10 +276,20 @@ def test_with(workers, folder):
         running[process.sentinel] = process, name, time.perf_counter()
 
     start("spawn", "what is made of them", up_to_date)  # while this process gets ready for the notebooks
-    preload()
+    with kept():
+        preload()
+    below = notebooks_below(STOREYS)
+    above = lambda p: sum(key_of(p) not in made for made in below)
+    long = lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20)
+    waiting = sorted(notebooks(), key=lambda p: (-above(p), long(p)))
     while waiting or running:
         while waiting and len(running) < workers:
             path = waiting.pop()
+            with kept():
+                for names in STOREYS[storey : above(path)]:
+                    for name in names:
+                        importlib.import_module(f"modelzip.{name}")
+            storey = above(path)
             start("fork", path.relative_to(ROOT / "nbs").as_posix(), one, path, folder)
         for ended in multiprocessing.connection.wait(running):
             process, name, began = running.pop(ended)
