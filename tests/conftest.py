@@ -57,6 +57,19 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file of tests leaves behind stays, too: caches, trees of code, what a library loaded when it was asked. Each
+    time that is measured begins with a look at all objects for garbage, and a worker that has made the site has a million
+    of them."""
+    try:
+        return (yield)
+    finally:
+        if nextitem and nextitem.path != item.path:
+            gc.collect()
+            gc.freeze()
+
+
 @pytest.fixture
 def seeded():
     "PyTorch's numbers by chance are the same ones in every test."
