@@ -55,6 +55,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000, 10, 10)  # who follows a model makes a million objects, and was interrupted every 700
 
 
 @pytest.hookimpl(wrapper=True)
