@@ -1,6 +1,6 @@
 """What a test in a browser needs: the site, built once; a server; Chromium with the network cut."""
 
-import fcntl, functools, http.server, json, os, shutil, threading
+import fcntl, functools, gc, http.server, json, os, shutil, threading
 from pathlib import Path
 
 import book_site as site
@@ -30,7 +30,10 @@ def built(tmp_path_factory):
     docs.parent.mkdir(exist_ok=True)
     with open(docs.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        return docs if docs.exists() else site.build(docs, ROOT / "nbs")
+        if not docs.exists():
+            site.build(docs, ROOT / "nbs")
+            gc.freeze()  # it leaves a million objects that nobody need look through for garbage
+        return docs
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -55,6 +55,20 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000, 10, 10)  # who follows a model makes a million objects, and was interrupted every 700
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file of tests leaves behind stays, too: caches, trees of code, what a library loaded when it was asked. Each
+    time that is measured begins with a look at all objects for garbage, and a worker that has made the site has a million
+    of them."""
+    try:
+        return (yield)
+    finally:
+        if nextitem and nextitem.path != item.path:
+            gc.collect()
+            gc.freeze()
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import itertools, math
 
 import numpy as np
 import pytest
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linprog, minimize
 from torch import nn
 
 from guards import turns
@@ -44,7 +44,7 @@ def test_waterfill_against_an_optimizer():
         c, n = rng.random(4) ** 4 + 1e-4, rng.integers(1, 30, 4).astype(float)
         budget = float(rng.uniform(0.3, 4) * n.sum())
         ours = waterfill(c, n, budget).numpy()
-        found = minimize(
+        found = scipy.optimize.minimize(
             lambda b: (n * c * 4.0**-b).sum(),
             np.full(4, budget / n.sum()),
             bounds=[(0, None)] * 4,
@@ -80,7 +80,7 @@ def test_allocation_against_exhaustive_search_and_the_linear_bound():
         every = [(cost(R, p), cost(D, p)) for p in itertools.product(range(5), repeat=4)]
         for budget in np.linspace(sum(r[0] for r in R), sum(r[-1] for r in R), 12):
             best = min(e for b, e in every if b <= budget)
-            relaxed = linprog(
+            relaxed = scipy.optimize.linprog(
                 np.ravel(D), A_ub=[np.ravel(R)], b_ub=[budget], A_eq=np.kron(np.eye(4), np.ones(5)), b_eq=np.ones(4)
             ).fun
             step = max(
@@ -112,7 +112,7 @@ def test_allocation_of_many_layers_comes_near_the_linear_bound():
     R, D = [(np.array(r) * 1000 + rng.random()).tolist() for r in menus(60, 8)[0]], menus(60, 8)[1]
     for budget in np.linspace(1.1 * sum(r[0] for r in R), 0.9 * sum(r[-1] for r in R), 4):
         picks = allocate(R, D, budget)
-        relaxed = linprog(
+        relaxed = scipy.optimize.linprog(
             np.ravel(D), A_ub=[np.ravel(R)], b_ub=[budget], A_eq=np.kron(np.eye(60), np.ones(8)), b_eq=np.ones(60)
         ).fun
         assert cost(R, picks) <= budget and relaxed <= cost(D, picks) + 1e-7 and cost(D, picks) < relaxed + 0.5

@@ -6,9 +6,9 @@ from collections import Counter
 import constriction
 import numpy as np
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy import stats
 
 from modelzip.coding import (
     CODERS,
@@ -309,7 +309,7 @@ def test_bits(bits):
 @quick
 @given(x=st.lists(st.integers(-5, 300), min_size=1, max_size=200))
 def test_entropy_is_scipys(x):
-    expected = stats.entropy(list(Counter(x).values()), base=2)
+    expected = scipy.stats.entropy(list(Counter(x).values()), base=2)
     assert entropy(x) == pytest.approx(expected, abs=1e-12)
     assert entropy(torch.tensor(x)) == pytest.approx(expected, abs=1e-12)
     assert entropy(torch.tensor(x).short()) == pytest.approx(expected, abs=1e-12)
@@ -319,7 +319,7 @@ def test_entropy_is_scipys(x):
 @given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=100), wide=st.booleans())
 def test_conditional_entropy_by_hand(pairs, wide):
     x, y = (np.array(v, dtype=np.int64 if wide else np.uint8) for v in zip(*pairs))
-    by_hand = sum((y == v).mean() * stats.entropy(np.bincount(x[y == v]), base=2) for v in set(y.tolist()))
+    by_hand = sum((y == v).mean() * scipy.stats.entropy(np.bincount(x[y == v]), base=2) for v in set(y.tolist()))
     assert entropy(x, given=y) == pytest.approx(by_hand, abs=1e-9)
     assert 0 <= entropy(x, given=y) <= entropy(x) + 1e-9
     assert entropy(x, given=x) == pytest.approx(0, abs=1e-9)
@@ -373,7 +373,7 @@ def test_entropy_of_many_types():
 )
 def test_divergence_is_scipys(counts):
     p, q = zip(*counts)
-    assert divergence(p, q) == pytest.approx(stats.entropy(p, q, base=2), abs=1e-9)
+    assert divergence(p, q) == pytest.approx(scipy.stats.entropy(p, q, base=2), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_huffman_is_optimal(counts):
     assert cost == two_queues(list(seen.values()))
     if len(seen) > 1:
         assert sum(2.0**-l for l in lengths.values()) == 1
-        H = stats.entropy(list(seen.values()), base=2)
+        H = scipy.stats.entropy(list(seen.values()), base=2)
         assert H - 1e-9 <= cost / sum(seen.values()) < H + 1
 
 

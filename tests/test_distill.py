@@ -4,9 +4,8 @@ import copy, math
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy.spatial.distance import pdist, squareform
-from scipy.special import log_softmax
 from torch import nn
 
 from modelzip.data import Split, accuracy, digits, train
@@ -47,7 +46,7 @@ def teacher(data):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 def test_soft_targets_against_scipy(temperature):
     z, v = rng.normal(size=(7, 5)), rng.normal(size=(7, 5)) * 3
-    q, p = log_softmax(z / temperature, 1), log_softmax(v / temperature, 1)
+    q, p = scipy.special.log_softmax(z / temperature, 1), scipy.special.log_softmax(v / temperature, 1)
     expected = temperature**2 * (np.exp(p) * (p - q)).sum(1).mean()
     got = SoftTargets(temperature)(Seen(torch.tensor(z)), Seen(torch.tensor(v)), None)
     assert got.item() == pytest.approx(expected)
@@ -64,7 +63,7 @@ def test_hot_soft_targets_match_logits():
 
 def test_relations_against_scipy():
     x = rng.normal(size=(9, 4))
-    d = squareform(pdist(x))
+    d = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(x))
     np.testing.assert_allclose(distances(torch.tensor(x)).numpy(), d / d[d > 0].mean(), rtol=1e-6)
     angles = cosines(torch.tensor(x)).numpy()
     for i, j, k in [(0, 1, 2), (3, 5, 8), (7, 2, 4)]:

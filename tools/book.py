@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's validator would compile, for nobody
 import nbformat
-from nbclient import NotebookClient
-from nbconvert import MarkdownExporter
 
 import translations
 from once import compared_whole, few_rounds, figures_undrawn, pooled_by_rows, replaced, training_kept
@@ -43,6 +41,8 @@ def notebooks(root=ROOT):
 
 def execute(path, save=True):
     "Run one notebook from top to bottom in a fresh kernel, in place; an error stops with the cell that raised it."
+    from nbclient import NotebookClient
+
     nb = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     env = {**os.environ, **STATIC, "PYTHONPATH": str(ROOT)}
@@ -140,6 +140,8 @@ def export(paths=(), root=ROOT):
 def readme(root=ROOT):
     """README.md from nbs/index.ipynb (nbdev's own command needs Quarto): no hidden cells, no directives, links that
     work from here."""
+    from nbconvert import MarkdownExporter
+
     nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
     explorer = lambda c: any(
