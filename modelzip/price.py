@@ -67,7 +67,7 @@ def entropy_bits(
     Tensor
         scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
     """
-    found = {id(q): (q, check_finite(w, name)) for name, q, w in quantizers_of(model)}
+    found = {id(q): (q, check_finite(w, f"a weight of {n or 'the model'}")) for n, q, w in quantizers_of(model)}
     bits = lambda n: -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
     return sum(straight_through(bits(hard_counts(q, w)), bits(soft_counts(q, w))) for q, w in found.values()).float()
 
