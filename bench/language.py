@@ -10,7 +10,7 @@ matplotlib's, the table on Python's language reference (workshop, English that i
 a `.mz` file, loaded, and asked. An hour and more of one processor; what is there stays, so that it can be interrupted.
 """
 
-import json, sys, tempfile, time, warnings
+import json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from modelzip.auto import compress
 from modelzip.language import generate, listen, right_answers, smollm2, smollm2_tokenizer
 from modelzip.measure import wilson
-from modelzip.pack import load, save
+from modelzip.pack import inspect, load, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate, gptq, hqq
 from modelzip.quant import Dequantize, dequantize_model, quantize_model
@@ -185,6 +185,15 @@ def spoken(bench, model):
     return found
 
 
+def widths(path):
+    "Bits that a weight takes in the file: least, mean and most of the matrices of each kind."
+    found = {}
+    for line in inspect(path, entropy=False).lines:
+        if line.layer == "Dequantize" and not line.kind.startswith("="):
+            found.setdefault(line.name.split(".")[-2], []).append(line.bits)
+    return {kind: [round(f(bits), 2) for f in (min, statistics.mean, max)] for kind, bits in found.items()}
+
+
 def row(bench, name, folder):
     "One contestant: the file, and the model that comes back from it."
     began, path = time.process_time(), Path(folder) / "model.mz"
@@ -195,6 +204,7 @@ def row(bench, name, folder):
         same = sum(isinstance(m, Dequantize) and m.q.kind == CodedBlocks.kind for m in new.modules())
         kept = {"kept": same} if same else {}  # layers that are what they were in the file
         save(new, path)
+        kept |= {"widths": widths(path)} if name.startswith("mixed") else {}
         del new
         model, size = dequantize_model(load(path)), path.stat().st_size  # expanded once: the same numbers, sooner
     heard = listen(model, bench.texts, bench.logs)

@@ -37,6 +37,7 @@ from modelzip.workshop.pictures import (
     palette_png,
     short_number,
     with_rare_colors,
+    worth_strokes,
 )
 from modelzip.workshop.frames import (
     FORMS,
@@ -76,8 +77,7 @@ def form_for(
 ) -> tuple[
     str, dict[tuple[int, ...], str]
 ]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
-    """Strokes, unless they take over `SHARP` times the bytes of pixels, or too many for the page; all frames take the
-    same, so that they look alike.
+    """Strokes where they are worth it (`worth_strokes`) and fit a page; all frames take the same, so they look alike.
 
     Parameters
     ----------
@@ -101,13 +101,11 @@ def form_for(
             drawn[positions] = frame_in(f, values, "png", "svg")
         if drawn[positions]["png"] == drawn[positions]["svg"]:
             break  # no figure in it
-    strokes, pixels = (sum(len(both[form].encode()) for both in drawn.values()) for form in ("svg", "png"))
-    fits = strokes <= pixels or strokes / len(drawn) * math.prod(map(len, controls)) < limit
-    form = "svg" if strokes <= SHARP * pixels and fits else "png"
+    strokes, pixels = ([both[form] for both in drawn.values()] for form in ("svg", "png"))
+    size = lambda frames: sum(len(shown.encode()) for shown in frames)
+    fits = size(strokes) <= size(pixels) or size(strokes) / len(drawn) * math.prod(map(len, controls)) < limit
+    form = "svg" if worth_strokes(strokes, pixels) and fits else "png"
     return form, {p: both[form] for p, both in drawn.items()}
-
-
-SHARP = 2  # times the bytes of pixels that strokes may take: they are sharp at any size, and take a page's colours
 
 
 def publish(

@@ -18,10 +18,10 @@ WORDS = "uint16", "uint32", "uint64"  # floats of 2, 4 and 8 bytes, seen as unsi
 
 
 def _check_array(x, name, *kinds):
-    "`TypeError` for an array of other numbers."
-    if not isinstance(x, np.ndarray) or x.dtype.name not in kinds:
-        kind = x.dtype.name if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
-        raise TypeError(f"{name} is {kind}; it may be an array of {' or '.join(kinds)}")
+    "`TypeError` for an array of other numbers, and for one whose bytes are in the other order."
+    if not isinstance(x, np.ndarray) or x.dtype.name not in kinds or not x.dtype.isnative:
+        kind = x.dtype if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        raise TypeError(f"{name} is {kind}; it may be an array of {' or '.join(kinds)}, as this machine has them")
 
 
 def low_byte(
@@ -87,14 +87,14 @@ def float_rest(words: np.ndarray) -> np.ndarray:  # uint8: sign, then 7 bits
 
 # %% ../nbs/04a_lossless.ipynb
 def best_window(
-    symbols: np.ndarray,  # uint8
+    symbols: np.ndarray,  # uint8, any shape
 ) -> tuple[int, float]:  # the lowest value of the window; the share of the sample outside of it
     """The sixteen values in a row that most symbols have, from a sample.
 
     Parameters
     ----------
     symbols : np.ndarray
-        uint8
+        uint8, any shape
 
     Returns
     -------
@@ -102,7 +102,7 @@ def best_window(
         the lowest value of the window; the share of the sample outside of it
     """
     _check_array(symbols, "symbols", "uint8")
-    counts = np.bincount(symbols[:: max(1, len(symbols) >> 12)], minlength=256)
+    counts = np.bincount(symbols.flat[:: max(1, symbols.size >> 12)], minlength=256)
     below = np.concatenate([[0], np.cumsum(counts)])
     inside = below[16:] - below[:-16]
     best = np.flatnonzero(inside == inside.max())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .distill import Loss, Seen
 from .qat import ActivationQuantizer, WeightQuantizer, quantizers_of, straight_through
 from .quant import as_blocks, from_blocks
+from .workshop.floats import check_finite
 
 # %% ../nbs/11b_price.ipynb
 def soft_counts(
@@ -54,7 +55,7 @@ def entropy_bits(
 ) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
     """Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648;
     Oktay et al. 2019, arXiv:1906.06624); its gradient is that of the soft counts. `ValueError` for a
-    model that is not prepared.
+    model that is not prepared, and for weights that are NaN or infinite.
 
     Parameters
     ----------
@@ -66,7 +67,7 @@ def entropy_bits(
     Tensor
         scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
     """
-    found = {id(q): (q, w) for _, q, w in quantizers_of(model)}
+    found = {id(q): (q, check_finite(w, f"a weight of {n or 'the model'}")) for n, q, w in quantizers_of(model)}
     bits = lambda n: -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
     return sum(straight_through(bits(hard_counts(q, w)), bits(soft_counts(q, w))) for q, w in found.values()).float()
 
@@ -163,6 +164,7 @@ class StepAdam(torch.optim.Adam):
                 sides[id(p[1] if isinstance(p, tuple) else p) in own].append(p)
             groups += [{**g, "params": side, "share": s} for side, s in zip(sides, (1.0, share)) if side]
         super().__init__(groups, lr=lr, **options)
+        self.defaults["share"] = 1.0  # of groups that come later
 
     def step(self, closure: Any = None) -> Any:
         "One step of Adam; schedules see and set the full rates."

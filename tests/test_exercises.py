@@ -1109,6 +1109,13 @@ WRONG = {
             return quantize_model(LeNet5(seed=7), 3, group=64, overrides=how)""",
             "other weights than the model",
         ),
+        (
+            """def mixed(model, data):                                              # what has 8 bits was rounded to 3 before
+            from modelzip.quant import dequantize_model
+            coarse, how = dequantize_model(quantize_model(model, 3, group=64)), {"conv*": {"bits": 8, "group": None}}
+            return quantize_model(coarse, 3, group=64, overrides=how)""",
+            "conv1 holds other weights",
+        ),
     ],
     "14_tour:check_coin": [
         (

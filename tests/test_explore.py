@@ -336,9 +336,11 @@ def test_too_many_frames_is_said_before_any_is_drawn():
 
 
 def test_too_many_bytes():
-    with pytest.raises(ValueError, match=r"n 9 = 9 frames: the first 6 take 600,066 bytes, and 600,000 are allowed"):
-        explore(lambda n: str(n) * 100_000, n=range(1, 10))
-    e = Explorer(lambda n: str(n) * 100_000, [control("n", range(1, 10))])
+    with pytest.raises(
+        ValueError, match=r"n 9 = 9 frames: the first 5 take 1,000,055 bytes, and 1,000,000 are allowed"
+    ):
+        explore(lambda n: str(n) * 200_000, n=range(1, 10))
+    e = Explorer(lambda n: str(n) * 200_000, [control("n", range(1, 10))])
     assert len(e.html(limit=10 * MAX_BYTES)) > MAX_BYTES
 
 

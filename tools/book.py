@@ -68,10 +68,9 @@ def execute(path, save=True):
 
 def drawn_once(nb):
     """Keep each figure in one form: as strokes, to which the site gives its colours (tools/figures.py), or as pixels where
-    strokes take over SHARP times as much."""
+    strokes take over twice as much (`worth_strokes`)."""
     sys.path.insert(0, str(ROOT))
-    from modelzip.explore import SHARP
-    from modelzip.workshop.pictures import compact_svg
+    from modelzip.workshop.pictures import compact_svg, worth_strokes
 
     for cell in nb.cells:
         for output in cell.get("outputs", []):
@@ -79,7 +78,7 @@ def drawn_once(nb):
             if {"image/png", "image/svg+xml"} <= data.keys():
                 strokes = compact_svg(data["image/svg+xml"].encode()).decode()
                 data["image/svg+xml"] = strokes
-                del data["image/png" if len(strokes) <= SHARP * len(data["image/png"]) else "image/svg+xml"]
+                del data["image/png" if worth_strokes([strokes], [data["image/png"]]) else "image/svg+xml"]
 
 
 def key_of(path):

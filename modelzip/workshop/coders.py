@@ -48,7 +48,10 @@ def whole_numbers(
     if isinstance(x, (bytes, bytearray, memoryview)):
         x = np.frombuffer(bytes(x), np.uint8)
     if not isinstance(x, Tensor):
-        x = np.asarray(x)
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise TypeError(f"{name} has rows of different lengths; they may have one length") from None
     kind = x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
     if not kind.startswith(("int", "uint", "bool")):
         raise TypeError(f"{name} holds {kind}; it may hold whole numbers, bytes or text")

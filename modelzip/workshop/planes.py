@@ -205,6 +205,8 @@ def split_codes(
     np.ndarray
         uint8, as `pack_bits` would have packed them
     """
+    if len(joined) != -(-count // k):
+        raise CodingError(f"{count} codes, {k} to a byte, are not {len(joined)} bytes")
     if levels**k < 256 and joined.size and joined.max() >= levels**k:
         raise CodingError(f"a byte of {k} codes is {levels}^{k} or more")
     if bits == 8:
@@ -262,7 +264,7 @@ def mask_of(
     """
     end = gaps < 255
     at = np.cumsum(gaps, dtype=np.int64)[end] + np.arange(end.sum())
-    if len(at) != ones or ones and (not end[-1] or at[-1] >= count):
+    if len(at) != ones or len(gaps) and (not end[-1] or at[-1] >= count):
         raise CodingError("its gaps do not fit")
     mask = np.zeros(count, bool)
     mask[at] = True

@@ -16,7 +16,7 @@ from .frames import frame, name_of
 
 # %% ../../nbs/workshop/player.ipynb
 MAX_FRAMES = 1_000  # more combinations than that are refused before the first is drawn
-MAX_BYTES = 600_000  # of one explorer's frames, so that three of them on a page stay under 2 MB
+MAX_BYTES = 1_000_000  # of one explorer's frames, so that two of them on a page stay under 2 MB
 
 # %% ../../nbs/workshop/player.ipynb
 def too_much(

@@ -198,7 +198,7 @@ def check_thinness(
         raise ValueError("rank names its layers, so layers may not be given too")
     if error is not None and not 0 <= error < 1:
         raise ValueError(f"error is {error!r}; it may be from 0 to below 1")
-    if bytes is not None and not 0 < bytes < math.inf:
+    if bytes is not None and (isinstance(bytes, bool) or not 0 < bytes < math.inf):
         raise ValueError(f"bytes is {bytes!r}; it may be a number above 0")
     for r in rank.values() if isinstance(rank, dict) else [rank]:
         if r is not None and (type(r) is not int or r < 1):
