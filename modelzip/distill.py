@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Split, eval_mode, train
+from .workshop.arguments import check_kind
 from modelzip.workshop.lessons import (
     SaysItsSettings,
     affine,
@@ -281,9 +282,7 @@ def distill(
     nn.Module
         the student, in eval mode
     """
-    for name, m in (("student", student), ("teacher", teacher)):
-        if not isinstance(m, nn.Module):
-            raise TypeError(f"{name} is a {type(m).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, student=student, teacher=teacher)
     if student is teacher:
         raise ValueError("student is the teacher itself; copy.deepcopy(teacher) is a student that starts from it")
     loss = 0.9 * SoftTargets(4) + 0.1 * Labels() if loss is None else loss

@@ -60,7 +60,7 @@ from modelzip.pack import (
     room,
 )
 from .pack import table_of, wrap
-from .workshop.arguments import check_said
+from .workshop.arguments import check_kind, check_said
 from .workshop.gguf_files import from_gguf, to_gguf
 from .workshop.kinds import are_kinds
 from .workshop.manifest import JSON
@@ -72,8 +72,7 @@ _all_ = ["from_gguf", "to_gguf"]
 def check_model(model: Any) -> None:
     "`TypeError` unless it is a model, or None."
     check_machine()
-    if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module | None, model=model)
 
 
 def told_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +106,8 @@ def take_apart(
     tuple[dict[str, Tensor], dict[str, Any]]
         plain tensors by name; what else there is to know
     """
-    if model is None:
-        raise TypeError("model is None; it may be an nn.Module")
-    check_model(model)
+    check_machine()
+    check_kind(nn.Module, model=model)
     check_said(info, *options)
     tensors, told, table = {}, {}, table_of(model)[0]
     hollow(model)  # or nothing could be loaded into a copy of it
