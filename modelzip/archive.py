@@ -734,11 +734,12 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or
     a pointer of Git LFS is a `PackError`."""
     path = path_text(path)
-    demand(stat.S_ISREG(os.stat(path).st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
+    there = os.stat(path)
+    demand(stat.S_ISREG(there.st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
     f = open(path, "rb")
     try:
         demand(
-            not f.peek(len(POINTER)).startswith(POINTER),
+            there.st_size >= 1024 or not f.peek(len(POINTER)).startswith(POINTER),  # the size that Git LFS allows them
             "it is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that",
         )
     except BaseException:
