@@ -6,7 +6,7 @@
 __all__ = ['PackError']
 
 # %% ../nbs/workshop/archive.ipynb
-import collections, errno, functools, os, secrets, stat, struct, zlib
+import collections, errno, functools, os, secrets, stat, struct, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -409,6 +409,39 @@ def replacing(
             raise OSError(e.errno, e.strerror, os.fspath(path)) from None
         raise
     sync_folder(os.path.dirname(target))
+
+# %% ../nbs/workshop/archive.ipynb
+LETTERS = """
+import itertools, sys
+from modelzip.archive import replacing
+for letter in itertools.cycle(b"ab"):
+    with replacing(sys.argv[1]) if sys.argv[2] == "replacing" else open(sys.argv[1], "wb") as f:
+        for _ in range(64): f.write(bytes([letter]) * 2**16)
+    print(flush=True)
+"""
+
+
+def whole_after_kill(
+    path: str | os.PathLike[str],
+    how: str,  # what opens it: "replacing" or "open"
+    seconds: float,  # after the first saving
+) -> bool:
+    """Whether a file holds all of one letter when the process that saves it over and over has been killed.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+    how : str
+        what opens it: "replacing" or "open"
+    seconds : float
+        after the first saving
+    """
+    with subprocess.Popen([sys.executable, "-c", LETTERS, os.fspath(path), how], stdout=subprocess.PIPE) as p:
+        p.stdout.readline()  # it has saved once
+        time.sleep(seconds)
+        p.kill()
+    with open(path, "rb") as f:
+        return f.read() in (b"a" * 2**22, b"b" * 2**22)
 
 # %% ../nbs/workshop/archive.ipynb
 def times(a: int, b: int) -> int:  # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
