@@ -13,13 +13,12 @@ import configparser, contextlib, filecmp, gc, importlib, json, os, re, shutil, s
 import inspect, multiprocessing, multiprocessing.connection
 from pathlib import Path
 
-sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's validator would compile, for nobody
+from once import compared_whole, few_rounds, figures_undrawn, replaced, training_kept, translations_read_once
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 import translations
-from once import compared_whole, few_rounds, figures_undrawn, replaced, training_kept, translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
