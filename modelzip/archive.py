@@ -19,7 +19,7 @@ class PackError(Exception):
 # %% ../nbs/workshop/archive.ipynb
 def demand(
     ok: Any,  # true if all is well
-    message: str,  # what is wrong otherwise
+    message: str | None,  # what is wrong otherwise
 ) -> None:
     """A check that a file has to pass.
 
@@ -27,7 +27,7 @@ def demand(
     ----------
     ok : Any
         true if all is well
-    message : str
+    message : str | None
         what is wrong otherwise
     """
     if not ok:
