@@ -6,7 +6,7 @@
 __all__ = ['PackError']
 
 # %% ../nbs/workshop/archive.ipynb
-import collections, errno, functools, os, secrets, stat, struct, zlib
+import collections, errno, functools, os, secrets, stat, struct, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class PackError(Exception):
 # %% ../nbs/workshop/archive.ipynb
 def demand(
     ok: Any,  # true if all is well
-    message: str,  # what is wrong otherwise
+    message: str | None,  # what is wrong otherwise
 ) -> None:
     """A check that a file has to pass.
 
@@ -27,7 +27,7 @@ def demand(
     ----------
     ok : Any
         true if all is well
-    message : str
+    message : str | None
         what is wrong otherwise
     """
     if not ok:
@@ -411,6 +411,39 @@ def replacing(
     sync_folder(os.path.dirname(target))
 
 # %% ../nbs/workshop/archive.ipynb
+LETTERS = """
+import itertools, sys
+from modelzip.archive import replacing
+for letter in itertools.cycle(b"ab"):
+    with replacing(sys.argv[1]) if sys.argv[2] == "replacing" else open(sys.argv[1], "wb") as f:
+        for _ in range(64): f.write(bytes([letter]) * 2**16)
+    print(flush=True)
+"""
+
+
+def whole_after_kill(
+    path: str | os.PathLike[str],
+    how: str,  # what opens it: "replacing" or "open"
+    seconds: float,  # after the first saving
+) -> bool:
+    """Whether a file holds all of one letter when the process that saves it over and over has been killed.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+    how : str
+        what opens it: "replacing" or "open"
+    seconds : float
+        after the first saving
+    """
+    with subprocess.Popen([sys.executable, "-c", LETTERS, os.fspath(path), how], stdout=subprocess.PIPE) as p:
+        p.stdout.readline()  # it has saved once
+        time.sleep(seconds)
+        p.kill()
+    with open(path, "rb") as f:
+        return f.read() in (b"a" * 2**22, b"b" * 2**22)
+
+# %% ../nbs/workshop/archive.ipynb
 def times(a: int, b: int) -> int:  # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
     """Multiply remainders.
 
@@ -734,11 +767,12 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or
     a pointer of Git LFS is a `PackError`."""
     path = path_text(path)
-    demand(stat.S_ISREG(os.stat(path).st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
+    there = os.stat(path)
+    demand(stat.S_ISREG(there.st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
     f = open(path, "rb")
     try:
         demand(
-            not f.peek(len(POINTER)).startswith(POINTER),
+            there.st_size >= 1024 or not f.peek(len(POINTER)).startswith(POINTER),  # the size that Git LFS allows them
             "it is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that",
         )
     except BaseException:

@@ -931,8 +931,10 @@ def _compress(o):
 
 
 def _check_beside(base, output):
-    "An update finds its base in its own folder, under its name, and no command is told of another place."
-    there = os.path.join(os.path.dirname(output), os.path.basename(base))
+    """An update finds its base in its own folder, under its name, and no command is told of another place. Behind a
+    link it is the folder of the file: that is read under either name."""
+    folder = os.path.dirname(os.path.realpath(output) if os.path.islink(output) else output)
+    there = os.path.join(folder, os.path.basename(base))
     if not (os.path.exists(there) and os.path.samefile(there, base)):
         raise ValueError(f"--base is {base}, and an update finds its base beside itself: copy it to {there} first")
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from .measure import latency
 from .pack import as_text
+from .workshop.arguments import check_kind
 from .workshop.calls import Layout, tensors_in
 from .workshop.deadlines import checked_count
 from .workshop.intra_op import intra_op_threads
@@ -260,8 +261,7 @@ def _fastest(able, rows, repeats, progress):
 # %% ../nbs/workshop/deploy.ipynb
 def _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path, repeats):
     "Refuse what makes no sense before anything is tried; the names of the engines to try."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     if isinstance(model, Deployed):
         raise TypeError("model is deployed already; deploy the model itself")
     if elsewhere := {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Split, eval_mode, train
+from .workshop.arguments import check_kind
 from modelzip.workshop.lessons import (
     SaysItsSettings,
     affine,
@@ -240,7 +241,8 @@ def distill(
     # batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
     augment: Callable[[Any], Any] | None = None,
     progress: bool = True,  # show a bar
-    **options: Any,  # of `train`: optimizer, after_epoch
+    optimizer: Callable[..., Any] = torch.optim.Adam,  # called with the parameters and `lr=`, as for `train`
+    after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:  # the student, in eval mode
     """Train a student to match a teacher (Hinton, Vinyals & Dean 2015, arXiv:1503.02531). Networks may put out a
     tensor, or several in tuples, dicts or dataclasses (see `logits_of`). `ValueError` for layers that do not exist
@@ -270,17 +272,17 @@ def distill(
         batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
     progress : bool, default True
         show a bar
-    **options : Any
-        of `train`: optimizer, after_epoch
+    optimizer : Callable[..., Any], default torch.optim.Adam
+        called with the parameters and `lr=`, as for `train`
+    after_epoch : Callable[[int, float], Any] | None, default None
+        called with the epochs done and the mean loss
 
     Returns
     -------
     nn.Module
         the student, in eval mode
     """
-    for name, m in (("student", student), ("teacher", teacher)):
-        if not isinstance(m, nn.Module):
-            raise TypeError(f"{name} is a {type(m).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, student=student, teacher=teacher)
     if student is teacher:
         raise ValueError("student is the teacher itself; copy.deepcopy(teacher) is a student that starts from it")
     loss = 0.9 * SoftTargets(4) + 0.1 * Labels() if loss is None else loss
@@ -297,7 +299,7 @@ def distill(
     ):
         lesson = Lesson(student, teacher, loss, augment, (ours, theirs))
         rehearse(lesson, data, seed)
-        train(lesson, data, epochs, lr, batch_size, seed, progress, loss=lambda seen, y: loss(*seen, y), **options)
+        train(lesson, data, epochs, lr, batch_size, seed, progress, lambda o, y: loss(*o, y), optimizer, after_epoch)
     return student
 
 # %% ../nbs/09_distill.ipynb

@@ -60,9 +60,10 @@ from modelzip.pack import (
     room,
 )
 from .pack import table_of, wrap
-from .workshop.arguments import check_said
+from .workshop.arguments import check_kind, check_said
 from .workshop.gguf_files import from_gguf, to_gguf
 from .workshop.kinds import are_kinds
+from .workshop.manifest import JSON
 from .workshop.matrices import held_beside, left_behind
 
 _all_ = ["from_gguf", "to_gguf"]
@@ -71,8 +72,7 @@ _all_ = ["from_gguf", "to_gguf"]
 def check_model(model: Any) -> None:
     "`TypeError` unless it is a model, or None."
     check_machine()
-    if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module | None, model=model)
 
 
 def told_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +106,8 @@ def take_apart(
     tuple[dict[str, Tensor], dict[str, Any]]
         plain tensors by name; what else there is to know
     """
-    if model is None:
-        raise TypeError("model is None; it may be an nn.Module")
-    check_model(model)
+    check_machine()
+    check_kind(nn.Module, model=model)
     check_said(info, *options)
     tensors, told, table = {}, {}, table_of(model)[0]
     hollow(model)  # or nothing could be loaded into a copy of it
@@ -644,7 +643,7 @@ def write_tensors(f: BinaryIO, tensors: Iterable[Tensor]) -> None:
 def to_safetensors(
     model: nn.Module,  # any model; compressed layers stay compressed
     path: str | os.PathLike[str],  # the file to write or replace, usually *.safetensors
-    **info: Any,  # what else the file should say, as JSON knows it
+    **info: "JSON",  # any names of your own, to be said in the file: note=…, accuracy=…
 ) -> Path:  # the path
     """Write a model as safetensors, atomically. Errors as for `save`; `ValueError` names a tensor that the format
     cannot hold.
@@ -655,8 +654,8 @@ def to_safetensors(
         any model; compressed layers stay compressed
     path : str | os.PathLike[str]
         the file to write or replace, usually *.safetensors
-    **info : Any
-        what else the file should say, as JSON knows it
+    **info : JSON
+        any names of your own, to be said in the file: note=…, accuracy=…
 
     Returns
     -------
@@ -886,7 +885,7 @@ def to_npz(
     model: nn.Module,  # any model; compressed layers stay compressed
     path: str | os.PathLike[str],  # the file to write or replace, usually *.npz
     compress: bool = False,  # deflate every array
-    **info: Any,  # what else the file should say, as JSON knows it
+    **info: "JSON",  # any names of your own, to be said in the file: note=…, accuracy=…
 ) -> Path:  # the path
     """Write a model as NumPy's npz, atomically, nothing pickled. Types that NumPy lacks go as integers. Errors as
     for `save`.
@@ -899,8 +898,8 @@ def to_npz(
         the file to write or replace, usually *.npz
     compress : bool, default False
         deflate every array
-    **info : Any
-        what else the file should say, as JSON knows it
+    **info : JSON
+        any names of your own, to be said in the file: note=…, accuracy=…
 
     Returns
     -------
@@ -1146,7 +1145,7 @@ def to_hdf5(
     model: nn.Module,  # any model; compressed layers stay compressed
     path: str | os.PathLike[str],  # the file to write or replace, usually *.h5
     compress: bool = False,  # deflate every array
-    **info: Any,  # what else the file should say, as JSON knows it
+    **info: "JSON",  # any names of your own, to be said in the file: note=…, accuracy=…
 ) -> Path:  # the path
     """Write a model as HDF5, atomically; needs `modelzip[hdf5]`. Types that NumPy lacks go as integers. Errors as
     for `save`.
@@ -1159,8 +1158,8 @@ def to_hdf5(
         the file to write or replace, usually *.h5
     compress : bool, default False
         deflate every array
-    **info : Any
-        what else the file should say, as JSON knows it
+    **info : JSON
+        any names of your own, to be said in the file: note=…, accuracy=…
 
     Returns
     -------
@@ -1395,7 +1394,12 @@ def save_many(
     models: Mapping[Any, Any] | Iterable[Any],  # name → model, or pairs (name, model), for example from a generator
     folder: str | os.PathLike[str] = ".",  # where they go; it must exist. A name may be a path of its own
     progress: bool = True,  # show a bar
-    **options: Any,  # of `save`: archive, threads, and what the files should say
+    archive: bool | str = True,  # as for `save`, of each file: True, False or "solid"
+    threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
+    example: Any = None,  # what each of them is called with: the files then need no model to be loaded
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},  # its free dimensions, of all tensors or each
+    base: str | os.PathLike[str] | None = None,  # an older file: where it is shorter, only changes to it are written
+    **info: "JSON",  # any names of your own, to be said in each file: note=…, accuracy=…
 ) -> list[Path]:  # the files, in order
     """Save models one after the other; each is let go before the next is asked for. `ValueError` if two would get
     the same file. If one fails, its exception has a note with the files that are finished; they stay, and every
@@ -1409,18 +1413,29 @@ def save_many(
         where they go; it must exist. A name may be a path of its own
     progress : bool, default True
         show a bar
-    **options : Any
-        of `save`: archive, threads, and what the files should say
+    archive : bool | str, default True
+        as for `save`, of each file: True, False or "solid"
+    threads : int | None, default None
+        that code side by side; None: as many as there are processors, at most 4
+    example : Any, default None
+        what each of them is called with: the files then need no model to be loaded
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
+        its free dimensions, of all tensors or each
+    base : str | os.PathLike[str] | None, default None
+        an older file: where it is shorter, only changes to it are written
+    **info : JSON
+        any names of your own, to be said in each file: note=…, accuracy=…
 
     Returns
     -------
     list[Path]
         the files, in order
     """
+    how = dict(archive=archive, threads=threads, example=example, dynamic=dynamic, base=base)
     pairs, paths = iter(models.items() if isinstance(models, Mapping) else models), []
     with progress_bar(models, "save", progress) as bar:
         try:
-            while save_next(pairs, folder, paths, options):
+            while save_next(pairs, folder, paths, how | info):
                 bar.update()
         except Exception as e:
             if hasattr(e, "add_note"):
@@ -1443,7 +1458,9 @@ def load_many(
     paths: str | os.PathLike[str] | Iterable[Any],  # files, or one folder: its *.mz in the order of their names
     model: nn.Module | None = None,  # of the same architecture, as for `load`; None: registered builders make them
     progress: bool = True,  # show a bar
-    **options: Any,  # of `load`: mmap, verify
+    mmap: bool = False,  # use the numbers where they lie in the files (archive=False)
+    verify: bool = True,  # with mmap: read each file once for its checksum
+    base: str | os.PathLike[str] | None = None,  # of updates: where their base is; None: beside each, by its old name
 ) -> Iterator[tuple[Path, nn.Module]]:  # each file with its model
     """Load models one after the other, each when it is asked for. The first file that `load` refuses ends it with
     that exception.
@@ -1456,8 +1473,12 @@ def load_many(
         of the same architecture, as for `load`; None: registered builders make them
     progress : bool, default True
         show a bar
-    **options : Any
-        of `load`: mmap, verify
+    mmap : bool, default False
+        use the numbers where they lie in the files (archive=False)
+    verify : bool, default True
+        with mmap: read each file once for its checksum
+    base : str | os.PathLike[str] | None, default None
+        of updates: where their base is; None: beside each, by its old name
 
     Returns
     -------
@@ -1471,7 +1492,7 @@ def load_many(
                 errno.ENOTDIR, "paths is one path, but no folder; give a list of files", os.fsdecode(paths)
             )
         paths = sorted(Path(os.fsdecode(paths)).glob("*.mz"))
-    return loaded(paths, model, progress, options)
+    return loaded(paths, model, progress, dict(mmap=mmap, verify=verify, base=base))
 
 # %% ../nbs/workshop/exchange.ipynb
 from .workshop.arguments import name_arguments

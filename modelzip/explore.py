@@ -15,6 +15,7 @@ import numpy as np
 
 from .workshop.arguments import need
 from modelzip.workshop.controls import (
+    Choices,
     Control,
     choice,
     combinations,
@@ -448,7 +449,7 @@ def explore(
     answers: Mapping[str, float | bool] | None = None,  # its answers and what was measured; the largest is right
     measured: str | None = None,  # what an answer is told of the measurement; None: the answers' numbers
     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
-    **controls: Any,
+    **controls: "Choices",
 ) -> Explorer:  # shows itself: widgets in a live kernel, else HTML with all frames inside
     """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a
     checkbox that is set or not at first; of sliders and menus the first frame has `f`'s own default where that is
@@ -465,7 +466,7 @@ def explore(
         its answers and what was measured; the largest is right
     measured : str | None, default None
         what an answer is told of the measurement; None: the answers' numbers
-    **controls : Any
+    **controls : Choices
         argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
 
     Returns

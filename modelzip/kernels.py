@@ -26,6 +26,7 @@ from modelzip.integers import (
 )
 from .quant import Dequantize
 from .workshop import engines
+from .workshop.arguments import check_kind
 from .workshop.by_time import is_slower, quicker_as_floats
 from .workshop.engines import Capabilities, as_int8, capabilities, fits_int4, why_not_int8
 from .workshop.integer_convolution import QConv2d
@@ -146,8 +147,7 @@ def what_runs(
     Choices
         a row for each of them, then one for each matrix that stays float
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
 
     def runs(n, m):
         m = outermost(model, n, m)
@@ -276,8 +276,7 @@ def use_kernels(
     nn.Module
         a copy that shares the compressed weights
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
     if not found:
         raise ValueError("model has no compressed layer; quantize_model(model) makes them")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .data import need
 from .kernels import QConv2d, QLinear
+from .workshop.arguments import check_kind
 from .workshop.calls import Flat, Layout, Quiet
 from .workshop.engines import one_scale_an_output
 from .workshop.graph_tracing import reason_of
@@ -334,8 +335,7 @@ def to_onnx(
         the file; a model of 2 GiB or more has its tensors beside it, in a file with `.data` behind its name
     """
     onnx = need("onnx", "onnx")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     if isinstance(opset, bool) or not isinstance(opset, int) or not 21 <= opset <= onnx.defs.onnx_opset_version():
         raise ValueError(f"opset is {opset!r}; it may be 21 to {onnx.defs.onnx_opset_version()}")
     if form not in FORMS:

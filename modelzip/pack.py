@@ -17,8 +17,8 @@ from .workshop.filling import check_result, fill, rebuild, wrap
 from .workshop.graph_tracing import kept_graph, trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
-from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
-from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
+from .workshop.manifest import DTYPES, JSON, NAMES, VERSION, Part, Row, as_json, check_left_out
+from .workshop.manifest import check_readable, check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
@@ -73,7 +73,7 @@ def save(
     example: Any = None,
     dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},  # its free dimensions, of all tensors or each
     base: str | os.PathLike[str] | None = None,  # an older file: if shorter, only changes are written; both are needed
-    **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
+    **info: "JSON",  # any names of your own, to be said in the file: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
     for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
@@ -95,8 +95,8 @@ def save(
         its free dimensions, of all tensors or each
     base : str | os.PathLike[str] | None, default None
         an older file: if shorter, only changes are written; both are needed
-    **info : Any
-        what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
+    **info : JSON
+        any names of your own, to be said in the file: recipe=…, note=…, accuracy=…
 
     Returns
     -------

@@ -21,6 +21,7 @@ from .lsq import ActivationQuantizer, FakeQuantized, WeightQuantizer, clip, lear
 from .ptq import calibrate
 from .quant import Dequantize, Packed, check_bits
 from .structured import fold, foldable
+from .workshop.arguments import check_kind
 from .workshop.fake_quantized import FakeRecurrent
 from .workshop.matrices import outputs_of
 from .workshop.models import carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
@@ -235,8 +236,7 @@ def prepare(
     nn.Module
         a copy, in train mode, whose rounding can be trained through
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     if any(isinstance(m, (FakeQuantized, WeightQuantizer, Dequantize)) for m in model.modules()):
         raise ValueError("model is quantized or prepared already")
     options = dict(bits=bits, levels=levels, group=group, per_channel=per_channel, activations=activations, learn=learn)
@@ -251,8 +251,7 @@ def prepare(
 # %% ../nbs/workshop/qat.ipynb
 def _parts(model):
     "The prepared parts of a model: (name, module, name of its matrix, quantizer, the weight that it rounds)."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     found = []
     for n, m in model.named_modules():
         if isinstance(m, FakeQuantized):

@@ -165,7 +165,7 @@ def unpack_bits(
 class CompressedTensor:
     "What every compressed tensor can do; each kind registers itself under a name by which files call it."
 
-    kinds: dict[str, type] = {}
+    kinds: "dict[str, type[CompressedTensor]]" = {}
     kind: str
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:

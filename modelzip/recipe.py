@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
            'Cache', 'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
 
 # %% ../nbs/workshop/recipe.ipynb
-import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings, zlib
+import builtins, copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings, zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import nullcontext
@@ -885,7 +885,7 @@ class Result:
         traceback, when it failed
     key : str, default ''
         under which it is kept
-    content : bytes | None, default field(default=None, repr=False)
+    content : builtins.bytes | None, default field(default=None, repr=False)
         of the file, where it could not be written
     """
 
@@ -896,7 +896,7 @@ class Result:
     metric: str | None = None  # what quality is: 'accuracy', 'cosine', 'score'
     error: str | None = None  # traceback, when it failed
     key: str = ""  # under which it is kept
-    content: "bytes | None" = field(default=None, repr=False)  # of the file, where it could not be written
+    content: builtins.bytes | None = field(default=None, repr=False)  # of the file, where it could not be written
 
     def __repr__(self) -> str:
         where = ", ".join(f"{k}={v}" for k, v in self.options.items())

@@ -24,6 +24,7 @@ from .qat import EntropyBits, StepAdam, WeightQuantizer, convert, prepare
 from .prune import Pruner, sparsify_model
 from .quant import quantize_model
 from .structured import factorize, shrink
+from .workshop.arguments import check_kind
 from .workshop.content import fingerprint
 from .workshop.terminal import draws, tell
 
@@ -353,6 +354,7 @@ def compressed(
     dict[str, nn.Module]
         the model itself as 'fp32', then one model for each technique
     """
+    check_kind(nn.Module, model=model)
     models, names = {"fp32": model}, _asked(techniques)
     for i, name in enumerate(tqdm(names, desc="compressing", disable=not (progress and draws())), 1):
         tell(progress, f"compressing {i}/{len(names)}: {name}")

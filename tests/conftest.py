@@ -14,9 +14,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ending, *filter(None, [os.environ.ge
 import once
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 
-# nbformat's validator would compile a grammar of addresses in other alphabets: a second of each process, for nobody
-sys.modules.setdefault("rfc3987_syntax", None)
-
 # PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))

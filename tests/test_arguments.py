@@ -1,6 +1,7 @@
 "A wrong argument is an error that names it as the caller wrote it: never one from deep inside."
 
 import contextlib, copy, importlib, inspect, io, pickle, pkgutil, warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from guards import FUZZ
 from modelzip import (
     auto,
     channels,
+    cli,
     data,
     distill,
     exchange,
@@ -315,31 +317,62 @@ def test_the_argument_is_named_as_the_caller_wrote_it(call, said):
         call()
 
 
-@pytest.mark.parametrize(
-    "given, says",
-    [
-        (NET.state_dict(), "load_state_dict(…) of your model takes a dict of tensors"),
-        ("net.mz", "load(path) gives the model of a .mz file"),
-        (LeNet5, "call it: LeNet5()"),
-        (np.ones(2), "; it may "),
-    ],
+NO_MODEL = {  # and what is said of it, with what makes a model of it
+    "None": (None, "None; it may be "),
+    "a class": (LeNet5, "the class LeNet5; it may be an nn.Module{}; call it: LeNet5()"),
+    "tensors": (NET.state_dict(), "an OrderedDict; it may be an nn.Module{}; load_state_dict(…) of your model takes a"),
+    "a dict": ({"w": 1}, "a dict; it may be an nn.Module{}"),
+    "text": ("a.mz", "'a.mz'; it may be an nn.Module{}; load(path) gives the model of a .mz file"),
+    "a path": (Path("a.mz"), "a PosixPath; it may be an nn.Module{}; load(path) gives the model of a .mz file"),
+    "an array": (np.ones(2), "a ndarray; it may be an nn.Module{}"),
+}
+OTHERS = dict(  # what a function that is not among CALLS is given besides
+    **dict(
+        data=DATA, split=SPLIT, batches=[X], example=X[:2], samples=[X], statistics=STATISTICS, path="c.mz", layers=None
+    ),
+    **dict(values={}, changes={}, given=NET, options={}, make=lambda bits: None, grid={"bits": [4]}, method=ptq.gptq),
+    **dict(
+        model=NET, teacher=NET, student=NET, quantized=SMALL, new=NET, norm=nn.BatchNorm1d(4), dynamic=None, paths=[]
+    ),
+    **dict(weight=W, bias=None, mean=W[:, 0], variance=W[:, 0]),
 )
-def test_what_is_no_model_says_what_makes_one(given, says):
-    seen, wrong = 0, []
-    for module, calls in CALLS.items():
-        for name, good in calls.items():
+
+
+def models_asked_for():
+    "(function, name of an argument that is a model, other arguments) of all public functions."
+    modules = [importlib.import_module(f"modelzip.{m.name}") for m in pkgutil.iter_modules(modelzip.__path__)]
+    for module in modules:
+        for name in getattr(module, "__all__", ()) if module is not cli else ():
             f = getattr(module, name)
-            for p in inspect.signature(f).parameters.values():
-                if p.annotation in (nn.Module, nn.Module | None) and p.name in good:
-                    seen += 1
-                    try:
-                        done = f(**{**good, p.name: given})
-                        inspect.isgenerator(done) and list(done)
-                        wrong.append(f"{name}({p.name}): takes it")
-                    except Exception as e:
-                        if not isinstance(e, TypeError) or says not in str(e):
-                            wrong.append(f"{name}({p.name}): {type(e).__name__}: {e}")
-    assert seen > 40 and not wrong, "\n".join(wrong)
+            if inspect.isfunction(f) and f.__module__ == module.__name__:
+                takes = inspect.signature(f).parameters
+                needed = [n for n, p in takes.items() if p.default is p.empty and n in OTHERS]
+                given = CALLS.get(module, {}).get(name) or {n: OTHERS[n] for n in needed}
+                given = given | (
+                    {"batches": [X]} if f is modelzip.quantize_static else {}
+                )  # one of two that it may be given
+                for n, p in takes.items():
+                    if p.annotation in (nn.Module, nn.Module | None) and n != "reference":  # texts stand for that, too
+                        yield f, n, p.annotation, given
+
+
+def test_what_is_no_model_says_what_makes_one():
+    "Of every public function, whichever of its arguments is a model."
+    seen, wrong = 0, []
+    for f, name, kind, given in models_asked_for():
+        for what, (bad, says) in NO_MODEL.items():
+            if bad is None and kind != nn.Module:
+                continue
+            seen += 1
+            want = f"{name} is {says}".format(" or None" * (kind != nn.Module))
+            try:
+                done = f(**{**given, name: bad})
+                inspect.isgenerator(done) and list(done)
+                wrong.append(f"{f.__name__}({name}={what}): takes it")
+            except Exception as e:
+                if not isinstance(e, TypeError) or want not in str(e):
+                    wrong.append(f"{f.__name__}({name}={what}): {type(e).__name__}: {e}")
+    assert seen > 500 and not wrong, "\n".join(wrong)
 
 
 def takes_one_channel(f):

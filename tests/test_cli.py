@@ -590,13 +590,20 @@ def test_a_number_out_of_range_is_refused_before_anything_is_done(place, monkeyp
 def test_an_update_is_written_beside_its_base(place, tmp_path, monkeypatch, capsys):
     "No command is told where else the base is, so a file that none could read is not written."
     monkeypatch.chdir(tmp_path)
-    save(open_model(str(place / "own.mz")), "a.mz")
+    whole = ["compress", str(place / "own.mz"), "-o", "a.mz", "--bits", "4", "--quiet"]
+    assert cli(whole) == 0
     os.mkdir("d")
-    line = ["compress", "a.mz", "-o", "d/x.mz", "--bits", "4", "--base", "a.mz", "--quiet"]
+    line = [*whole[:3], "d/x.mz", *whole[4:], "--base", "a.mz"]
     assert cli(line) == 2 and not os.listdir("d")
     assert "an update finds its base beside itself: copy it to d/a.mz first" in capsys.readouterr().err
+    os.symlink("d/x.mz", "link.mz")
+    line[3] = "link.mz"  # which lies beside the base, and the file does not
+    assert cli(line) == 2 and not os.listdir("d") and "copy it to" in capsys.readouterr().err
     os.link("a.mz", "d/a.mz")
-    assert cli(line) == 0 and cli(["inspect", "d/x.mz"]) == 0
+    assert cli(line) == 0 and os.path.islink("link.mz")
+    os.remove("a.mz")  # beside the link: there is the other one
+    for name in "link.mz", "d/x.mz":
+        assert cli(["inspect", name]) == 0 and "update of a.mz" in capsys.readouterr().out
 
 
 def test_a_whole_model_of_pytorch_says_how_it_becomes_a_file(tmp_path, monkeypatch, capsys):

@@ -1057,7 +1057,7 @@ def test_one_of_many_fails(tmp_path):
     [
         ([nn.Linear(1, 1)], TypeError, "pairs"),
         (["ab"], TypeError, "pairs"),
-        ([("a", 1)], TypeError, "model is a int"),
+        ([("a", 1)], TypeError, "model is 1; it may be an nn.Module"),
         ([(1, nn.Linear(1, 1))], TypeError, "name 1"),
         (7, TypeError, "iterable"),
         ([("a", nn.Linear(1, 1)), ("a", nn.Linear(1, 1))], ValueError, "twice"),

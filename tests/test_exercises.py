@@ -371,6 +371,12 @@ WRONG = {
             "conv1.weight: is the offset right?",
         ),  # of another file
     ],
+    "05_pack:check_orders": [
+        ("lambda: 1.2", "one symbol at a time"),  # the same numbers: it has seen them
+        ("lambda: 2", "one symbol at a time"),
+        ("lambda: 6", "one symbol at a time"),  # of three orders there are six
+        ("lambda: None", "write down a number"),
+    ],
     "05_pack:check_wrong": [
         (
             "lambda path, out: None",
@@ -966,6 +972,12 @@ WRONG = {
             "lambda callers, fixed, each: (callers / (0.3 + 0.1 * callers), 0.3 + 0.1 * callers)",
             "a batch of 5 takes 4.5 s",
         ),
+    ],
+    "12_threads:check_busier": [
+        ("lambda: 1.5", "1, then 3"),  # as many as there are more
+        ("lambda: 0.75 / 0.25 / 2", "1, then 3"),  # of a service, and not of the other wait
+        ("lambda: 2", "1, then 3"),
+        ("lambda: 'longer'", "write down a number"),
     ],
     "12_threads:check_once": [
         (

@@ -142,6 +142,25 @@ def test_every_public_function_has_types():
     assert not wrong, wrong
 
 
+def test_every_annotation_can_be_evaluated():
+    """Of all functions and classes, with their methods: what makes forms or checks of them asks so. (A field named `bytes`
+    once hid the class from the annotation of the next.)"""
+    names = [f"modelzip.{p.stem}" for p in ROOT.glob("modelzip/[a-z]*.py")]
+    names += [f"modelzip.workshop.{p.stem}" for p in ROOT.glob("modelzip/workshop/[a-z]*.py") if p.stem != "terminal"]
+    wrong, seen = [], 0
+    for module in map(importlib.import_module, names):
+        for name, x in vars(module).items():
+            if getattr(x, "__module__", None) == module.__name__ and (inspect.isclass(x) or inspect.isfunction(x)):
+                members = [getattr(f, "__func__", getattr(f, "fget", f)) for f in vars(x).values()] * inspect.isclass(x)
+                for f in [x, *filter(inspect.isfunction, members)]:
+                    seen += 1
+                    try:
+                        typing.get_type_hints(f)
+                    except Exception as e:
+                        wrong.append((module.__name__, name, f, e))
+    assert seen > 3000 and not wrong, wrong
+
+
 OPEN = {dict, list, tuple, set, frozenset, *(getattr(collections.abc, n) for n in collections.abc.__all__)} - {
     collections.abc.Buffer if hasattr(collections.abc, "Buffer") else None,
     collections.abc.Hashable,

@@ -1,6 +1,6 @@
 "The guards notice what they are there for."
 
-import contextlib, copy
+import contextlib, copy, os, subprocess, sys
 
 import matplotlib.pyplot as plt
 import pytest
@@ -181,3 +181,15 @@ def test_windows_are_pooled_as_before():
             torch.export.export(net, (x,))
         )
     assert torch.nn.functional.max_pool2d is before
+
+
+def test_a_sitecustomize_of_ones_own_runs_in_what_tests_start(tmp_path):
+    "Ours, which Python finds first, hides it. Nothing but the standard library is needed to say so."
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['MINE'] = __name__")
+    ending = os.environ["PYTHONPATH"].split(os.pathsep)[0]
+    code = (
+        "import atexit, os, sys; print(os.environ['MINE'], sys.modules['sitecustomize'].__file__, atexit._ncallbacks())"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([ending, str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sitecustomize", os.path.join(ending, "sitecustomize.py"), "1"], done

@@ -1,6 +1,6 @@
 """Pruning: what must hold for any layer, any shape, any criterion; second opinions; and what must be refused."""
 
-import copy, itertools, math, os, subprocess, sys, warnings
+import _thread, copy, itertools, math, os, subprocess, sys, time, warnings
 
 import pytest
 import torch
@@ -987,3 +987,15 @@ def test_pruning_beside_recurrent_layers(kind, criterion, tmp_path):
     save(sparse, tmp_path / "m.mz")
     assert torch.allclose(load(tmp_path / "m.mz", model)(x), plain(x), atol=1e-5)
     assert torch.equal(plain(x), pruned(x))
+
+
+def test_a_masked_weight_is_read_where_no_line_of_python_asks(monkeypatch):
+    "By a thread that begins in C, for example: the frames end before somebody is found who asks."
+    layer, found, lost = mask_layer(nn.Linear(2, 2), torch.eye(2) > 0), [], []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    _thread.start_new_thread(found.extend, (map(getattr, [layer], ["weight"]),))
+    for _ in range(2000):
+        if found or lost:
+            break
+        time.sleep(0.01)
+    assert found and torch.equal(found[0], layer.weight), lost

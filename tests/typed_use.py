@@ -69,7 +69,7 @@ def smaller() -> None:
     kept: nn.Module = mz.sparsify_model(mz.remove_masks(masked))
     thinner: nn.Module = mz.shrink(mz.fold_batchnorm(net), x, ratio=0.5)
     thin: nn.Module = mz.factorize(net, error=0.1)
-    student: nn.Module = mz.distill(mz.train(net, part, epochs=1), net, part)
+    student: nn.Module = mz.distill(mz.train(net, part, epochs=1), net, part, optimizer=torch.optim.SGD)
     print(mz.sensitivity(net, judge), gradual, kept, thinner, thin, student)
 
 
@@ -80,8 +80,8 @@ def stored() -> None:
         weight: Tensor | object = mz.read_tensor(file, "0.weight")
     except mz.PackError as e:
         weight = str(e)
-    many: list[Path] = mz.save_many({"a": net, "b": net}, "folder")
-    opened: Iterator[tuple[Path, nn.Module]] = mz.load_many(many)
+    many: list[Path] = mz.save_many({"a": net, "b": net}, "folder", archive=False, accuracy=0.9, sizes={"a": 3})
+    opened: Iterator[tuple[Path, nn.Module]] = mz.load_many(many, mmap=True, verify=False)
     others: list[Path] = [
         mz.to_safetensors(net, "net.safetensors"),
         mz.to_npz(net, "net.npz"),
@@ -105,7 +105,8 @@ def repeated() -> None:
     ready = mz.deploy(net, x, engine="torch")
     y: Tensor = ready(x)
     mz.register_model("net", lambda: net)
-    mz.explore(lambda bits: bits, bits=range(1, 9))
+    mz.explore(lambda bits, of: bits, bits=range(1, 9), of={"inputs": x, "nothing": None})
+    mz.explore(lambda scale, on: scale, scale=torch.linspace(0, 1, 5), on=True)
     print(compressed, result, results, y)
 
 
@@ -119,6 +120,11 @@ def wrong() -> None:
     mz.load(3)  # type: ignore[arg-type]
     mz.load("net.mz", mmaps=True)  # type: ignore[call-arg]
     mz.save("net.mz", net)  # type: ignore[arg-type]
+    mz.save(net, "net.mz", note=x)  # type: ignore[arg-type]  # JSON knows no tensor
+    mz.save_many({"net": net}, thread=None, threads="all")  # type: ignore[arg-type]
+    mz.load_many(["net.mz"], mmaps=True)  # type: ignore[call-arg]
+    mz.distill(net, net, part, optimiser=torch.optim.SGD)  # type: ignore[call-arg]
+    mz.explore(lambda bits: bits, bits="8")  # type: ignore[arg-type]
     mz.prune_model(net, sparsity="half")  # type: ignore[arg-type]
     mz.train(net, x)  # type: ignore[arg-type]  # inputs without labels
     mz.latency({"net": net})["net"].meadian  # type: ignore[attr-defined]

@@ -13,12 +13,11 @@ import configparser, contextlib, filecmp, gc, importlib, json, os, re, shutil, s
 import inspect, multiprocessing, multiprocessing.connection
 from pathlib import Path
 
-sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's validator would compile, for nobody
+from once import compared_whole, few_rounds, figures_undrawn, pooled_by_rows, replaced, training_kept
+from once import translations_read_once
 import nbformat
 
 import translations
-from once import compared_whole, few_rounds, figures_undrawn, pooled_by_rows, replaced, training_kept
-from once import translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"

@@ -1,9 +1,13 @@
 """What a run of all notebooks, or of all tests, need not do twice, or can do in a quicker way that gives the same. Nothing
 of this is in the library, in a notebook that is executed to be saved, or in `make fuzz`'s questions."""
 
-import copy, functools, hashlib, inspect, os, tempfile
+import copy, functools, hashlib, inspect, os, sys, tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+# nbformat's validator would compile a grammar of addresses in other alphabets: a second of each process, for nobody.
+# So this module is imported before nbformat.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 
 @contextmanager

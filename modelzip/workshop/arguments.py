@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['Function', 'WORDS', 'NEAR', 'fits', 'in_words', 'unfit', 'remedy', 'fits_instance', 'misspelt', 'unknown',
-           'with_names', 'name_arguments', 'CallableModule', 'at_least', 'same_length', 'check_function', 'check_said',
-           'options_of', 'need']
+           'with_names', 'name_arguments', 'CallableModule', 'check_kind', 'at_least', 'same_length', 'check_function',
+           'check_said', 'options_of', 'need']
 
 # %% ../../nbs/workshop/arguments.ipynb
 import difflib, dis, functools, importlib, inspect, itertools, os, sys, types, typing
@@ -129,6 +129,8 @@ def in_words(
     str
         such as 'a number or None'
     """
+    if isinstance(kind, str):
+        return kind  # the name of a longer one
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         said = list(dict.fromkeys(map(in_words, typing.get_args(kind))))
         if {"text", "a path"} <= {*said}:
@@ -175,7 +177,7 @@ def unfit(
         wide = " of at most 64 bits" if isinstance(x, Integral) and abs(int(x)) >= 2**64 else ""
         if fits(x, p.annotation) and not wide:
             continue
-        return f"{name} is {_short(x)}; it may be {in_words(p.annotation)}{wide}{remedy(x, p.annotation)}"
+        return _misfit(name, x, p.annotation, wide)
     for name, x in given.arguments.items():
         inside = typing.get_args(given.signature.parameters[name].annotation)
         several = isinstance(x, (list, tuple)) or getattr(x, "shape", ())
@@ -183,6 +185,10 @@ def unfit(
             if odd := [(i, t) for i, t in enumerate(itertools.islice(x, 1000)) if not fits(t, inside[0])]:
                 return f"{name} holds {_short(odd[0][1])} at {odd[0][0]}; it may hold {in_words(inside[0])} there"
     return None
+
+
+def _misfit(name, x, kind, wide=""):
+    return f"{name} is {_short(x)}; it may be {in_words(kind)}{wide}{remedy(x, kind)}"
 
 
 def _holds_tensors(x):
@@ -434,6 +440,25 @@ def _namesake(module):
     return vars(module)[module.__name__.rpartition(".")[2]]
 
 # %% ../../nbs/workshop/arguments.ipynb
+def check_kind(
+    kind: Any,  # a class, a union, None
+    /,
+    **arguments: Any,  # by the names of the caller's arguments
+) -> None:
+    """`TypeError` that names the argument unless all are of a kind: `check_kind(nn.Module, model=model)`.
+
+    Parameters
+    ----------
+    kind : Any
+        a class, a union, None
+    **arguments : Any
+        by the names of the caller's arguments
+    """
+    for name, x in arguments.items():
+        if not fits(x, kind):
+            raise TypeError(_misfit(name, x, kind))
+
+
 def at_least(
     least: int,
     /,

@@ -223,7 +223,9 @@ def by_number(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def mark(t: Any, m: Any, axes: tuple[int, ...], labels: np.ndarray) -> None:
     "Give a tensor numbers along some axes."
     if not axes:
-        return t.ties.keep(labels.reshape(-1), "it is picked by its number") if labels.any() else None
+        if labels.any():
+            t.ties.keep(labels.reshape(-1), "it is picked by its number")
+        return
     for other in [b for b in m.blocks if set(b) & set(axes)]:
         for l in (m.blocks.pop(other), labels):
             t.ties.keep(l, "two kinds of channels lie along one axis")

@@ -234,7 +234,7 @@ class Coder:
         what errors call it
     encode_body : Callable[[bytes], bytes], default field(repr=False)
         bytes -> body
-    decode_body : Callable[[bytes, int], bytes], default field(repr=False)
+    decode_body : Callable[[bytes, int], bytes | bytearray], default field(repr=False)
         body, number of bytes -> bytes
     at_most : int, default 8
         bytes that one byte of a body can stand for
@@ -242,7 +242,7 @@ class Coder:
 
     name: str  # what errors call it
     encode_body: Callable[[bytes], bytes] = field(repr=False)  # bytes -> body
-    decode_body: Callable[[bytes, int], bytes] = field(repr=False)  # body, number of bytes -> bytes
+    decode_body: Callable[[bytes, int], bytes | bytearray] = field(repr=False)  # body, number of bytes -> bytes
     at_most: int = 8  # bytes that one byte of a body can stand for
 
     def encode(self, data: Any) -> bytes:

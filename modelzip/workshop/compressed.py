@@ -7,7 +7,7 @@ __all__ = ['S', 'Sized', 'Shown', 'in_range', 'Parts']
 
 # %% ../../nbs/workshop/compressed.ipynb
 import copy, json
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ S = TypeVar("S", bound="Sized")
 
 class Sized:
     "Size and comparison, the same for every kind of compressed tensor."
+
+    if TYPE_CHECKING:  # what a kind brings along
+        kind: str
+        shape: torch.Size
+
+        def parts(self) -> dict[str, Tensor]: ...
+
+        def meta(self) -> dict[Any, Any]: ...
+
+        @classmethod
+        def from_parts(cls: type[S], parts: dict[str, Tensor], meta: dict[Any, Any]) -> S: ...
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +79,27 @@ class Sized:
 # %% ../../nbs/workshop/compressed.ipynb
 class Shown:
     "How a quantized tensor is said and shown."
+
+    if TYPE_CHECKING:  # what it has
+        shape: torch.Size
+        dtype: torch.dtype
+        axis: int | None
+        group: int | None
+        packed_zero_point: Tensor | None
+        codebook: Tensor | None
+        columns: Tensor | None
+        levels: int
+
+        @property
+        def bits(self) -> int: ...
+
+        @property
+        def nbytes(self) -> int: ...
+
+        @property
+        def bits_per_weight(self) -> float: ...
+
+        def parts(self) -> dict[str, Tensor]: ...
 
     def describe(self) -> str:
         "How it is quantized, in a few words: `4-bit symmetric, group 64`."

@@ -330,12 +330,12 @@ def listening(model: nn.Module, work: Work) -> Iterator[None]:
             h.remove()
 
 # %% ../../nbs/workshop/counting.ipynb
-def linear_macs(m: nn.Module, x: tuple[Any, ...], y: Tensor) -> int:
+def linear_macs(m: nn.Linear, x: tuple[Any, ...], y: Tensor) -> int:
     "Each output number: one multiplication for each input feature."
     return y.numel() * m.in_features
 
 
-def conv_macs(m: nn.Module, x: tuple[Any, ...], y: Tensor) -> int:
+def conv_macs(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: tuple[Any, ...], y: Tensor) -> int:
     "Each output number sees the channels of its group through the window."
     return y.numel() * m.in_channels // m.groups * math.prod(m.kernel_size)
 

@@ -168,7 +168,7 @@ def layout(t: Any) -> dict[str, tuple[float, float]]:  # layer → its place in 
             if a in depth and b in depth and names.index(a) < names.index(b):
                 depth[b] = max(depth[b], depth[a] + 1)
     rows = collections.Counter()
-    spots = {}
+    spots: dict[str, tuple[float, float]] = {}
     for n in names:
         spots[n] = depth[n], rows[depth[n]]
         rows[depth[n]] += 1

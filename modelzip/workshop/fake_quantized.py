@@ -101,15 +101,6 @@ class TrainedAsIntegers(Settings):
             "The layer's product without its bias."
             ...
 
-
-def _shown(quantizer, weight, name):
-    "A rounded weight to read."
-    return read_only(
-        quantizer(weight),
-        f"{name} is rounded, and what is written into the result would be lost: write into"
-        f" layer.{name.rpartition('.')[2]} of its layer, which is what is rounded",
-    )
-
 # %% ../../nbs/workshop/fake_quantized.ipynb
 @patch
 def folded(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..quant import pack_bits, unpack_bits
-from .arguments import at_least
+from .arguments import at_least, check_kind
 
 # %% ../../nbs/workshop/key_value_cache.ipynb
 @dataclass
@@ -293,8 +293,7 @@ class ThroughCache(nn.Module):
     ):
         super().__init__()
         at_least(1, piece=piece)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+        check_kind(nn.Module, model=model)
         self.model, self.make, self.piece = model, make, piece
 
     def forward(self, ids: Tensor) -> Tensor:

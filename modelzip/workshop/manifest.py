@@ -27,6 +27,7 @@ DTYPES = {
     if hasattr(torch, name)
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+JSON = str | float | list[Any] | dict[str, Any] | None  # what users say; to a checker a bool is an int is a float
 
 # %% ../../nbs/workshop/manifest.ipynb
 def check_keys(value: Any) -> None:

@@ -69,9 +69,10 @@ def read_from_outside(
         of who asked
     """
     between = ("torch.nn.utils.parametrize", "torch.nn.modules.module", "torch.nn.modules.container")
-    while frame.f_globals.get("__name__") in between:
-        frame = frame.f_back
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "modelzip")
+    asks: FrameType | None = frame
+    while asks is not None and asks.f_globals.get("__name__") in between:
+        asks = asks.f_back
+    return asks is None or asks.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "modelzip")
 
 
 def values_at_hand(t: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .arguments import check_function
+from .arguments import check_function, check_kind
 from .models import check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
@@ -256,8 +256,7 @@ def choose_matrices(
     list[Matrix]
         in the model's order
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     if layers is not None and not all(
         isinstance(c, type) for c in (layers if isinstance(layers, tuple) else (layers,))
     ):
@@ -630,8 +629,7 @@ def floats_left(
     dict[str, str]
         name → reason, in the model's order
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     left, known = Left(), layers_of(model)
     left.bytes = {}
 

@@ -21,6 +21,7 @@ from ..prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from ..ptq import nearest_weight, quantize_with
 from ..quant import QUANTIZABLE
 from ..recipe import Samples, expanded
+from .arguments import check_kind
 from .allocation import allocate
 from .matrices import identity_of, layers_of, matrices_of, passed_over
 from .sensitivities import changes_of
@@ -112,8 +113,7 @@ def tensors_of(model: nn.Module) -> dict[str, list[str]]:  # name of a tensor â†
     dict[str, list[str]]
         name of a tensor â†’ by which names steps know it
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     for n, t in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(t):
             raise ValueError(f"{n} has no shape before the first call; run the model once first")

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize, prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import register_pytree_node, tree_map
 
+from .arguments import check_kind
 from .datasets import Split
 
 # %% ../../nbs/workshop/models.ipynb
@@ -561,8 +562,7 @@ def _of_a_library(x):
 def check_ordinary(model: nn.Module) -> None:
     """`ValueError` that names a module of which a copy would run the original: its instance has a `forward`, or a
     function that reaches the model by a closure."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     own, seen, known = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}, set(), {}
     for name, m in model.named_modules():
         where = f"layer {name}" if name else "the model"

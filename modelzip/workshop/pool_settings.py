@@ -16,6 +16,7 @@ from torch import nn
 from ..pack import inspect, save
 from .deadlines import checked_count, checked_seconds
 from .intra_op import cores
+from .manifest import JSON
 
 # %% ../../nbs/workshop/pool_settings.ipynb
 POOL_SETTINGS: dict[str, Any] = {
@@ -95,7 +96,7 @@ def save_multi_threaded_model(
     path: str | os.PathLike[str],  # the file to write or replace, usually *.mz
     threads: int | None = None,  # that code tensors side by side; None: as many as there are processors, at most 4
     pool: Mapping[str, Any] | None = None,  # settings for `Pool(path)`, any of `POOL_SETTINGS`
-    **info: Any,  # what else the file should say, as for `save`
+    **info: "JSON",  # any names of your own, to be said in the file, as for `save`
 ) -> Path:  # the path
     """Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and
     `pool_settings`.
@@ -110,8 +111,8 @@ def save_multi_threaded_model(
         that code tensors side by side; None: as many as there are processors, at most 4
     pool : Mapping[str, Any] | None, default None
         settings for `Pool(path)`, any of `POOL_SETTINGS`
-    **info : Any
-        what else the file should say, as for `save`
+    **info : JSON
+        any names of your own, to be said in the file, as for `save`
 
     Returns
     -------

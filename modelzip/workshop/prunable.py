@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .arguments import check_kind
 from .matrices import also_held, check_kept, identity_of, layers_of, overlap, passed_over
 from .models import check_code, computed
 
@@ -162,8 +163,7 @@ def prunable_layers(
     dict[str, nn.Module]
         name → layer; of tied layers the first
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and weighs(m)}
     kept = _not_skipped(model, found, skip)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..archive import BLOCK, THREADS, Checksum, Entry, PackError, data_offset, demand, join, quoted
 from ..coding import CodingError, decoding
 from ..quant import CompressedTensor
+from .arguments import check_kind
 from .differences import add_difference
 from .filling import rebuild
 from .manifest import Part, Row, in_order
@@ -291,8 +292,7 @@ def check_bool(t: Tensor) -> None:
 def check_loading(model: Any, mmap: bool, verify: bool) -> None:
     "Errors for what `load` cannot do, before it opens anything."
     check_machine()
-    if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module or None")
+    check_kind(nn.Module | None, model=model)
     if not verify and not mmap:
         raise ValueError("verify is False, but without mmap everything is read and checked anyway")
 

@@ -104,7 +104,7 @@ class ReadOnly(Tensor):
 def read_only(
     t: Tensor,  # not read-only itself
     reason: str,  # what the error says
-) -> ReadOnly:  # the same memory
+) -> Tensor:  # the same memory
     """Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`,
     `torch.jit.trace`) it is shown as it is.
 
@@ -117,7 +117,7 @@ def read_only(
 
     Returns
     -------
-    ReadOnly
+    Tensor
         the same memory
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter):

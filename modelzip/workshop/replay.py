@@ -31,6 +31,7 @@ class Look(TorchFunctionMode):
     """Watches a model run on every batch: in which order layers are called, how often, on which inputs, and where
     each module's output is used."""
 
+    draws: Any
     made: Any
     number: Any
     names: dict[int, str]

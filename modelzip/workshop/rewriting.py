@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_kind
 from .compressed import Parts
 from .matrices import matrices_of, outputs_of
 from .models import check_ordinary, computed, copied, recomputed
@@ -142,8 +143,7 @@ def wanted_matrices(
     list[tuple[str, Tensor, int]]
         name, weight and axis of the outputs; the first matrix last, so outermost
     """
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, layer=layer)
     check_ordinary(layer)
     plain, found = innermost(layer), []
     done = not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None
@@ -239,8 +239,7 @@ def dequantize_model(
     nn.Module
         a copy with ordinary layers
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     found = [m for m in model.modules() if isinstance(m, Wrapper)]
     if not found and not any(map(_has_floats, model.modules())):
         raise ValueError("model has no quantized layer")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .arguments import check_kind
 from .models import call, copied, output_tensors
 from .rehearsal import larger, own_copy, ready, same_draws
 
@@ -31,8 +32,7 @@ def warm(model: nn.Module, examples: list[Any]) -> nn.Module:  # a copy, in eval
     nn.Module
         a copy, in evaluation mode
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy:
         raise ValueError(f"{lazy} has no size yet; call the model once first")

@@ -23,7 +23,7 @@ class SettingsInState:
 
     in_state: tuple[str, ...] = ()  # names of the attributes
 
-    def check_settings(self, **settings: Any) -> None:
+    def check_settings(self, *_: Any, **settings: Any) -> None:
         "`ValueError` for settings that these tensors cannot have."
 
     def get_extra_state(self) -> Tensor:

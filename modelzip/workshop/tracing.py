@@ -83,6 +83,7 @@ class Record(Walks, TorchFunctionMode):
     held: dict[str, Tensor]
     hopeless: set[Any]
     left_out: list[Any]
+    marks: Callable[[Any], Any]
     modules: dict[str, Any]
     named: dict[int, str]
     norms: dict[Any, Any]
@@ -93,6 +94,7 @@ class Record(Walks, TorchFunctionMode):
     runs: list[Any]
     steps: list[Any]
     table: Any
+    ties: Any
     tracks: list[Any]
     uncalled: dict[Any, Any]
     visible: dict[Any, list[Any]]

@@ -228,9 +228,10 @@ def found_base(
         where it is; None: beside the update, under its name
     depth : int
     """
-    where = Path(os.fsdecode(path)).parent / about["name"] if base is None else base
+    beside = [Path(os.fsdecode(p)).parent / about["name"] for p in (path, os.path.realpath(path))]
+    where = next(filter(os.path.exists, beside), None) if base is None else base  # of a link first its own folder
     demand(
-        base is not None or os.path.exists(where),
+        where is not None,
         f"it is an update of {quoted(about['name'])} with the content {about['content'][:16]}…, which is not beside it;"
         " put it there, or say in Python where it is: load(path, base=…)",
     )

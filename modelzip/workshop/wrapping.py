@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .arguments import check_kind
 from .models import computed
 from .readonly import read_only
 
@@ -132,8 +133,7 @@ def refuse_tracing() -> None:
 # %% ../../nbs/workshop/wrapping.ipynb
 def check_replaceable(layer: nn.Module, q: Any, name: str) -> Tensor | None:
     "The parameter that is to be replaced (None: it is already), or an error that says why it cannot be."
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, layer=layer)
     layer = innermost(layer)
     if "forward" in vars(layer):
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..archive import ALIGN, BLOCK, THREADS, Checksum, PackError
 from ..coding import has_values, stream_parts
-from .arguments import check_said
+from .arguments import check_kind, check_said
 from .differences import difference
 from .manifest import UPDATE, VERSION
 from .walking import Piece, as_bytes, identical
@@ -248,8 +248,7 @@ def check_saving(
         threads
     """
     check_machine()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    check_kind(nn.Module, model=model)
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     if base is not None and archive == "solid":
