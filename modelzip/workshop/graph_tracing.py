@@ -845,7 +845,9 @@ def input_names(layout: Layout) -> list[str]:
 
 def _at_least_two(x: Tensor, free: dict[int, str]) -> Tensor:
     "Of a free dimension the exporter wants two, else it takes it for one that is always 1."
-    for d in free:
+    for d, name in free.items():
+        if x.shape[d] == 0:
+            raise ValueError(f"example has 0 in dimension {d}, {name!r}; it may have 1 or more there")
         if x.shape[d] == 1:
             x = torch.cat([x, x], d)
     return x.detach().clone()
