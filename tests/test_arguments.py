@@ -303,9 +303,15 @@ def test_every_public_function_says_what_its_arguments_may_be():
         ),
         (lambda: quant.quantize_model(LeNet5), "model is the class LeNet5; it may be an nn.Module; call it: LeNet5()"),
         (lambda: ptq.gptq(NET, X), "batches is a Tensor"),
-        (lambda: ranges.equalize(NET, X), "^pairs holds a Tensor at 0; it may hold a tuple .text, text. there"),
-        (lambda: ranges.equalize(NET, ["a", "b"]), "^pairs holds 'a' at 0; it may hold a tuple"),
-        (lambda: ranges.equalize(NET, [("a", "b", "c")]), "^pairs holds a tuple at 0; it may hold a tuple .text, text"),
+        (
+            lambda: modelzip.ranges.equalize(NET, X),
+            "^pairs holds a Tensor at 0; it may hold a tuple .text, text. there",
+        ),
+        (lambda: modelzip.ranges.equalize(NET, ["a", "b"]), "^pairs holds 'a' at 0; it may hold a tuple"),
+        (
+            lambda: modelzip.ranges.equalize(NET, [("a", "b", "c")]),
+            "^pairs holds a tuple at 0; it may hold a tuple .text, text",
+        ),
         (lambda: auto.compress(NET, X, bytes=600), "^data is a Tensor; it may be an iterable of batches, such as"),
         (lambda: data.train(NET, SPLIT, epochs="two"), "epochs is 'two'; it may be a whole number"),
         (lambda: prune.masks(None), "model is None; it may be an nn.Module"),
