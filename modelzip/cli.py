@@ -932,7 +932,8 @@ def _compress(o):
 
 def _check_beside(base, output):
     "An update finds its base in its own folder, under its name, and no command is told of another place."
-    there = os.path.join(os.path.dirname(output), os.path.basename(base))
+    lies = os.path.realpath(output) if os.path.islink(output) else output
+    there = os.path.join(os.path.dirname(lies), os.path.basename(base))
     if not (os.path.exists(there) and os.path.samefile(there, base)):
         raise ValueError(f"--base is {base}, and an update finds its base beside itself: copy it to {there} first")
 

@@ -595,7 +595,16 @@ def test_an_update_is_written_beside_its_base(place, tmp_path, monkeypatch, caps
     line = ["compress", "a.mz", "-o", "d/x.mz", "--bits", "4", "--base", "a.mz", "--quiet"]
     assert cli(line) == 2 and not os.listdir("d")
     assert "an update finds its base beside itself: copy it to d/a.mz first" in capsys.readouterr().err
-    os.link("a.mz", "d/a.mz")
+    assert cli([*line[:2], "-o", "b.mz", *line[4:6], "--quiet"]) == 0
+    line[-2] = "b.mz"
+    os.symlink("d/x.mz", "to_d.mz")  # what is written through a link lies where the link points
+    assert cli([*line[:3], "to_d.mz", *line[4:]]) == 2 and not os.listdir("d")
+    assert "copy it to " in capsys.readouterr().err
+    os.symlink("../x.mz", "d/from_d.mz")
+    assert cli([*line[:3], "d/from_d.mz", *line[4:]]) == 0 and os.listdir("d") == ["from_d.mz"]
+    assert os.path.getsize("x.mz") < os.path.getsize("b.mz") / 2
+    assert cli(["diff", "x.mz", "d/from_d.mz"]) == 0  # both are read: the base is beside the file, or beside the link
+    os.link("b.mz", "d/b.mz")
     assert cli(line) == 0 and cli(["inspect", "d/x.mz"]) == 0
 
 

@@ -10,7 +10,6 @@ import functools, hashlib, mmap, os, threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -228,9 +227,11 @@ def found_base(
         where it is; None: beside the update, under its name
     depth : int
     """
-    where = Path(os.fsdecode(path)).parent / about["name"] if base is None else base
+    folders = (os.path.dirname(p) for p in (os.fsdecode(path), os.path.realpath(os.fsdecode(path))))  # of a link, too
+    there = [w for f in folders if os.path.exists(w := os.path.join(f, about["name"]))]
+    where = base if base is not None else next(iter(there), None)
     demand(
-        base is not None or os.path.exists(where),
+        where is not None,
         f"it is an update of {quoted(about['name'])} with the content {about['content'][:16]}…, which is not beside it;"
         " put it there, or say in Python where it is: load(path, base=…)",
     )
