@@ -203,7 +203,6 @@ def test_many_layers(tmp_path):
         lambda m, x: modelzip.factorize(m, 0.5),
         lambda m, x: modelzip.equalize(m, example=x),
         lambda m, x: prepare(m, 4),
-        lambda m, x: shrink(m, x, 0.5),
         lambda m, x: modelzip.compress(m, [x], bytes=9999, progress=False),
         lambda m, x: modelzip.deploy(m, x),
         lambda m, x: save(m, "x.mz"),
