@@ -27,8 +27,8 @@ from .workshop.networks import Attention, LeNet300, MiniLM, TransformerBlock, mi
 from .workshop.registry import build_model, model_builders, register_model
 from .workshop.sentences import Retrieval, check_retrieval, docstring_sources, docstrings, embeddings_of
 from .workshop.sentences import minilm_tokenizer, zero_init
-from .workshop.training import batches_of, check_examples, check_scores, check_training, checked_loss
-from .workshop.training import device_of, eval_mode, frozen_layers, one_cycle, scores_of, seeded
+from .workshop.training import batches_of, check_examples, check_scores, check_trained, check_training
+from .workshop.training import checked_loss, device_of, eval_mode, frozen_layers, one_cycle, scores_of, seeded
 from .workshop.turns import alone
 from .workshop.untouched import untouched
 
@@ -229,8 +229,9 @@ def train(
     optimizer: Callable[..., Any] = torch.optim.Adam,
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:  # the same model, in eval mode
-    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises
-    FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and
+    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss, or a weight, that is NaN or
+    infinite
+    raises FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and
     normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode,
     also after an error.
 
@@ -276,6 +277,7 @@ def train(
                 mean = one_epoch(model, data, batch_size, loss, step, schedule, bar)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, mean)
+            check_trained(parameters, lr)
     finally:
         model.eval()
     return model

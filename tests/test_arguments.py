@@ -305,6 +305,15 @@ def test_every_public_function_says_what_its_arguments_may_be():
         ),
         (lambda: quant.quantize_model(LeNet5), "model is the class LeNet5; it may be an nn.Module; call it: LeNet5()"),
         (lambda: ptq.gptq(NET, X), "batches is a Tensor"),
+        (
+            lambda: modelzip.ranges.equalize(NET, X),
+            "^pairs holds a Tensor at 0; it may hold a tuple .text, text. there",
+        ),
+        (lambda: modelzip.ranges.equalize(NET, ["a", "b"]), "^pairs holds 'a' at 0; it may hold a tuple"),
+        (
+            lambda: modelzip.ranges.equalize(NET, [("a", "b", "c")]),
+            "^pairs holds a tuple at 0; it may hold a tuple .text, text",
+        ),
         (lambda: auto.compress(NET, X, bytes=600), "^data is a Tensor; it may be an iterable of batches, such as"),
         (lambda: data.train(NET, SPLIT, epochs="two"), "epochs is 'two'; it may be a whole number"),
         (lambda: prune.masks(None), "model is None; it may be an nn.Module"),
@@ -373,6 +382,20 @@ def test_what_is_no_model_says_what_makes_one():
                 if not isinstance(e, TypeError) or want not in str(e):
                     wrong.append(f"{f.__name__}({name}={what}): {type(e).__name__}: {e}")
     assert seen > 500 and not wrong, "\n".join(wrong)
+
+
+def test_a_scripted_model_is_told_from_one_without_layers():
+    scripted, seen, wrong = torch.jit.trace(NET, X, check_trace=False), 0, []
+    for module in (modelzip.prune, modelzip.ptq, modelzip.qat, modelzip.auto, modelzip.static):
+        for name, good in CALLS.get(module, {}).items():
+            if isinstance(good.get("model"), nn.Module):
+                try:
+                    getattr(module, name)(**{**good, "model": scripted})
+                except Exception as e:
+                    seen += "ScriptModule" in str(e)
+                    if "it may have" in str(e) and "ScriptModule" not in str(e):
+                        wrong.append(f"{name}: {e}")
+    assert seen > 10 and not wrong, "\n".join(wrong)
 
 
 def takes_one_channel(f):

@@ -218,6 +218,10 @@ def test_training_stops_at_nan():
         train(LeNet300(), digits_as_mnist(0))
     with pytest.raises(ValueError, match="nothing to train"):
         train(nn.Flatten(), digits_as_mnist(10))
+    for half in (LeNet300().half(), LeNet300().to("meta")):  # the only step divides by 1e-8, which is 0 in float16
+        data, says = digits_as_mnist(10), "at the last step" if half.fc1.weight.device.type == "cpu" else "meta device"
+        with pytest.raises((FloatingPointError, ValueError), match=says):
+            train(half, Split(data.x.to(half.fc1.weight.dtype), data.y), epochs=1, progress=False)
 
 
 def test_progress_can_be_switched_off(capsys):

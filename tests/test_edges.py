@@ -11,6 +11,8 @@ from torch import nn
 
 from guards import FUZZ
 
+import modelzip
+
 from modelzip import cli, exchange
 from modelzip.data import LeNet5
 from modelzip.exchange import from_hdf5, from_npz, from_safetensors, save_many, to_hdf5, to_npz, to_safetensors
@@ -184,3 +186,30 @@ def test_many_layers(tmp_path):
     fake = convert(prepare(fewer, bits=8, batches=[x]))
     assert (fake(x) - fewer(x)).norm() < 0.05 * fewer(x).norm()
     assert shrink(fewer, x, ratio=0.5)[3].a.out_features == 4
+
+
+# ---- models without numbers ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: modelzip.quantize_model(m, 4),
+        lambda m, x: modelzip.gptq(m, [x]),
+        lambda m, x: modelzip.awq(m, [x]),
+        lambda m, x: modelzip.hqq(m),
+        lambda m, x: modelzip.trellis(m, [x]),
+        lambda m, x: modelzip.learned_rounding(m, [x], steps=1),
+        lambda m, x: modelzip.quantize_static(m, [x]),
+        lambda m, x: prune_model(m, 0.5),
+        lambda m, x: modelzip.factorize(m, 0.5),
+        lambda m, x: modelzip.equalize(m, example=x),
+        lambda m, x: prepare(m, 4),
+        lambda m, x: modelzip.compress(m, [x], bytes=9999, progress=False),
+        lambda m, x: modelzip.deploy(m, x),
+        lambda m, x: save(m, "x.mz"),
+    ],
+)
+def test_a_model_without_numbers_says_so(f, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to("meta")
+    with pytest.raises((TypeError, ValueError), match=r"(on|device) meta|meta device"):
+        f(model, torch.rand(2, 4))

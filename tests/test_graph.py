@@ -253,6 +253,22 @@ class Counts(nn.Module):
         return x + self.calls
 
 
+class Keeps(nn.Module):
+    "What no tensor of its state says: a number of Python's, and a buffer that is another tensor each time."
+
+    def __init__(self, what):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.calls, self.what = 0, what
+
+    def forward(self, x):
+        if self.what == "number":
+            self.calls += 1
+            return x * self.calls
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x - self.mean
+
+
 class Only(nn.Module):
     def __init__(self, f):
         super().__init__()
@@ -270,11 +286,15 @@ class Only(nn.Module):
             {0: "batch"},
             r"Asks, test_graph.py line \d+, `return .* if .*`: it goes one way or another .* torch.where",
         ),
-        (Counts(), {0: "batch"}, "the model changes model.calls while it runs"),
+        (Counts(), {0: "batch"}, "the model changes calls while it runs"),
+        (Keeps("number"), {0: "batch"}, "something else when it is called again"),
+        (Keeps("buffer"), {0: "batch"}, "something else when it is called again"),
+        (Only(lambda x: x.mul_(2)), {}, None),
+        (Only(lambda x: F.dropout(x, 1e-9, True)), {}, "it uses aten::native_dropout"),
         (Only(lambda x: torch.linalg.svd(x)[1]), {}, "it uses aten::_linalg_svd"),
         (Only(lambda x: x + torch.randn_like(x)), {}, "it uses aten::randn_like"),
         (Only(lambda x: x[x > 0]), {}, "a size that depends on numbers"),
-        (Only(lambda x: x.view(3, 2, 2)), {0: "batch"}, "(specialized it|was inferred) to be a constant"),
+        (Only(lambda x: x.view(3, 2, 2)), {0: "batch"}, r"made for 3 in dimension 0 of x \('batch'\)"),
         (Only(lambda x: x.new_tensor(range(70000))[: x.shape[0], None] ** 2 + x), {}, None),
         (
             Only(lambda x: x + torch.sin(torch.arange(70000.0))[: x.shape[0], None]),
@@ -282,7 +302,20 @@ class Only(nn.Module):
             "no part of its state",
         ),
     ],
-    ids=["branch", "state", "operation", "chance", "number of places", "fixed size", "folded", "large constant"],
+    ids=[
+        "branch",
+        "state",
+        "number",
+        "buffer",
+        "own layer",
+        "dropout",
+        "operation",
+        "chance",
+        "number of places",
+        "fixed size",
+        "folded",
+        "large constant",
+    ],
 )
 def test_what_cannot_be_traced_says_why(model, dynamic, words, tmp_path):
     x, model = torch.rand(3, 4), model.eval()
@@ -353,6 +386,11 @@ FREE = {  # of what a model asks for its sizes
     "either": lambda x: x * 2 if x.shape[1] == 4 or x.shape[1] > 7 else x * 3,
     "loop": lambda x: sum(x[:, i] for i in range(min(x.shape[1], 3))),
     "padded": lambda x: F.pad(x, (0, -x.shape[1] % 8)),
+    "far": lambda x: x * 2 if x.shape[1] != 500 else x * 3,
+    "far remainder": lambda x: x * 2 if x.shape[1] % 1000 != 999 else x * 3,
+    "far square": lambda x: x * 2 if x.shape[1] ** 2 < 90_000 else x * 3,
+    "far product": lambda x: x * 2 if x.shape[0] * x.shape[1] < 3000 else x * 3,
+    "one number": lambda x: x * 2 if x.shape[0] * x.shape[1] > 1 else x * 3,
     "harmless": lambda x: x.split(max(x.shape[1] // 2, 1), 1)[0],
 }
 
@@ -369,11 +407,13 @@ def test_a_graph_is_the_model_for_every_size_it_takes(ask, tmp_path):
         return
     with torch.no_grad():
         limits = {n: s[1:] if isinstance(s, list) else [1, 2**31] for n, s in m.graph["sizes"].items()}
-        for shape in [(b, n) for b in (1, 2, 3, 5, 20) for n in range(1, 21)]:
+        far = [(2, n) for n in (299, 300, 499, 500, 501, 998, 999)] + [(60, 60)]
+        for shape in [(b, n) for b in (1, 2, 3, 5, 20) for n in range(1, 21)] + far:
             if all(low <= n <= high for n, (low, high) in zip(shape, (limits["batch"], limits["length"]))):
                 x = torch.rand(shape)
                 assert torch.equal(m(x), model(x)), (shape, limits)
-    asks = {"between": [4, 9], "more": [4, 2**31 - 1], "less": [1, 5]}
+    asks = {"far": [1, 499], "far remainder": [1, 998], "far square": [1, 299]}
+    asks |= {"between": [4, 9], "more": [4, 2**31 - 1], "less": [1, 5]}
     assert limits["length"] == asks.get(ask, limits["length"])
 
 
@@ -392,6 +432,9 @@ SAID = {  # what graphs could not say, or said wrongly
     "small numbers around the end": Function(lambda x: x.sum() * torch.tensor([250, 5], dtype=torch.uint8)),
     "large numbers around the end": Function(lambda x: x.sum().long() * torch.tensor([2**62, -(2**63)])),
     "bfloat16": Function(lambda x: x[:, :2] * torch.tensor([0.1, 0.2]).bfloat16()),
+    "batch norm as a function": Function(
+        lambda x, layer: F.batch_norm(x.mT.mT, layer.running_mean, layer.running_var), nn.BatchNorm1d(6)
+    ),
     "autocast": Function(low, nn.Linear(6, 5)),
     "attention without weights": Function(
         lambda x, layer: layer(x.reshape(x.shape[0], 3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True)

@@ -929,7 +929,7 @@ def test_refusals_name_what_is_wrong(call, what):
 def test_nan_is_named():
     model = net()
     model[7].weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="layer 7 holds weights that are NaN"):
+    with pytest.raises(ValueError, match="the weight of layer 7 holds .* NaN"):
         prune_model(model, 0.5)
     with pytest.raises(ValueError, match="layer 0 holds NaN"):
         prune_model(net(), 0.5, "wanda", batches=[X * math.inf], skip="5")

@@ -574,9 +574,9 @@ def test_weights_that_are_not_finite(bad):
     for c in sorted(CRITERIA):
         if c in ("gradient", "taylor", "snip", "fisher", "obd", "movement"):
             continue  # the loss is not finite first
-        with pytest.raises(ValueError, match="layer 2 holds weights that are NaN"):
+        with pytest.raises(ValueError, match="the weight of layer 2 holds .* NaN"):
             prune_model(m, 0.5, c, batches=[X])
-    with pytest.raises(ValueError, match="layer 2 holds weights"):
+    with pytest.raises(ValueError, match="the weight of layer 2 holds .* NaN"):
         cut_model(m, torch.abs, 0.01)
     with pytest.raises(ValueError, match="NaN"):
         sparsegpt_weight(m[2].weight.detach(), moment(torch.randn(50, 12)), 0.5)

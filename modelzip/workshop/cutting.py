@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .collecting import collect
 from .criteria import Criterion, as_criterion, needed
+from .floats import check_finite
 from .masks import check_survivors, mask_layer, share_masks
 from .models import as_batches, copied
-from .prunable import PRUNABLE, check_finite, check_patterns, prunable_layers
+from .prunable import PRUNABLE, check_patterns, prunable_layers
 
 # %% ../../nbs/workshop/cutting.ipynb
 def cut_layer(
@@ -105,7 +106,7 @@ def _kept(model, name, layer, h, bound, batches, loss) -> Tensor:
     "What a mask or a heuristic keeps of one layer."
     if isinstance(h, Tensor):
         return h
-    check_finite(name, layer)
+    check_finite(layer.weight, f"the weight of layer {name or '(model)'}")
     if isinstance(h, (str, Criterion)):
         h = as_criterion(h)
         seen = None

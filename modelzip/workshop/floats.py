@@ -42,7 +42,7 @@ def all_finite(x: Tensor) -> bool:
 
 
 def check_finite(x: Tensor, name: str = "x") -> Tensor:  # x itself
-    """`ValueError` that counts what is NaN or infinite.
+    """`ValueError` that counts what is NaN or infinite, and for a tensor without numbers.
 
     Parameters
     ----------
@@ -54,6 +54,8 @@ def check_finite(x: Tensor, name: str = "x") -> Tensor:  # x itself
     Tensor
         x itself
     """
+    if x.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no numbers; load them first")
     if not all_finite(x):
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
     return x

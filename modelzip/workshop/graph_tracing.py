@@ -6,7 +6,7 @@
 __all__ = ['trace', 'input_names']
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-import functools, itertools, keyword, operator, re, warnings
+import functools, itertools, keyword, math, operator, re, warnings
 from collections.abc import Callable
 from typing import Any, List, TYPE_CHECKING
 
@@ -184,7 +184,8 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
     except Exception as e:
         else_ = "; or save without example, and load(path, model)" * (reason_of(e) == DECIDES)
-        raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{reason_of(e)}{else_}") from None
+        why = only_sizes(str(e), flat.layout) or f"{reason_of(e)}{else_}"
+        raise ValueError(f"the model cannot be followed: {place_of(e, flat.model)}{why}") from None
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -213,6 +214,27 @@ DECIDES = (
     "it goes one way or another by numbers that are there only when it runs, and a graph has one way: torch.where(…)"
     " computes both"
 )
+
+
+ONLY = re.compile(r"marked L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic but [^(]*constant \((\d+)\)")
+
+
+def only_sizes(text: str, layout: Layout) -> str | None:  # None: the exporter's error says something else
+    """The free sizes that a model can have only as they are.
+
+    Parameters
+    ----------
+    text : str
+    layout : Layout
+
+    Returns
+    -------
+    str | None
+        None: the exporter's error says something else
+    """
+    found = {layout.free[int(i)].get(int(d)): (layout.names[int(i)], d, n) for i, d, n in ONLY.findall(text)}
+    said = " and ".join(f"{n} in dimension {d} of {name} ({free!r})" for free, (name, d, n) in found.items())
+    return f"it is made for {said}; leave this out of dynamic" if said else None
 
 
 def reason_of(e: Exception) -> str:
@@ -350,6 +372,11 @@ def _batch_norm(given, value):
     return "batch_norm", {"self": given["input"]} | {k: given[k] for k in words}
 
 
+def _dropout(given, value):
+    if given.get("train") and given.get("p"):
+        raise ValueError("dropout that is on in evaluation mode, too")
+
+
 def _resized(name):
     return lambda given, value: (
         name,
@@ -365,8 +392,9 @@ def _first(name):
 SAME = lambda given, value: None  # nothing is done
 REWRITES: dict[Any, Any] = {
     **dict.fromkeys(
-        "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
+        "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh".split(), SAME
     ),
+    **dict.fromkeys(("dropout", "feature_dropout"), _dropout),
     **dict.fromkeys(
         "flatten unflatten view_as reshape_as".split(), lambda given, value: ("view", _shaped(given, value))
     ),
@@ -550,6 +578,7 @@ HALVES: dict[Any, Any] = {  # operations of which each value is an operation of 
     torch.ops.aten.max.dim: ("amax", "argmax"),
     torch.ops.aten.min.dim: ("amin", "argmin"),
     torch.ops.aten.adaptive_max_pool2d.default: ("adaptive_max_pool2d", None),
+    torch.ops.aten._native_batch_norm_legit_no_training.default: ("_native_batch_norm_legit_no_training", None, None),
 }
 
 
@@ -816,7 +845,9 @@ def input_names(layout: Layout) -> list[str]:
 
 def _at_least_two(x: Tensor, free: dict[int, str]) -> Tensor:
     "Of a free dimension the exporter wants two, else it takes it for one that is always 1."
-    for d in free:
+    for d, name in free.items():
+        if x.shape[d] == 0:
+            raise ValueError(f"example has 0 in dimension {d}, {name!r}; it may have 1 or more there")
         if x.shape[d] == 1:
             x = torch.cat([x, x], d)
     return x.detach().clone()
@@ -851,9 +882,9 @@ def written_graph(
     results = [n for n in program.graph.nodes if n.op == "output"][0].args[0]
     specs = program.graph_signature.output_specs
     if odd := [s.target for s in specs if s.kind.name != "USER_OUTPUT"]:
-        raise ValueError(
-            f"the model changes {', '.join(map(str, odd))} while it runs, which no graph in a file can say"
-        )
+        own_name = dict(zip((n.name for n in users), layout.names))
+        said = ", ".join(own_name.get(str(t), str(t).removeprefix("model.")) for t in odd)
+        raise ValueError(f"the model changes {said} while it runs, which no graph in a file can say")
     said = _output_of(output, [w.number(n) for n in results], w)
     shapes = [[free.get(d, n) for d, n in enumerate(t.shape)] for t, free in zip(layout.example, layout.free)]
     inputs = [[n, NAMES[t.dtype], s] for n, t, s in zip(input_names(layout), layout.example, shapes)]
@@ -902,7 +933,7 @@ def guards_of(
     ]
 
 
-MOST_TRIES = 64  # sizes that are looked at for each guard
+FARTHEST = 2**17  # a guard that turns beyond it is taken to hold
 
 
 def is_broken(guard: Any, sizes: dict[str, int]) -> bool:
@@ -914,27 +945,67 @@ def is_broken(guard: Any, sizes: dict[str, int]) -> bool:
         return True
 
 
-def counterexamples(guards: list[Any], now: dict[str, int], within: Callable[..., Any]) -> list[dict[str, int]]:
-    "Sizes, few and small, for which guards do not hold: three for each that can be broken, up to twelve in all."
-    alone = lambda n: {
-        *range(2, 18),
-        now[n] - 1,
-        *range(now[n] + 2, now[n] + 10),
-        2 * now[n],
-        2 * now[n] + 1,
-        33,
-        64,
-        100,
-    }
+def turning_sizes(guard: Any, names: dict[Any, str], now: dict[str, int]) -> list[dict[str, int]]:
+    "Sizes at which a guard may turn: small ones, about its numbers and what they make together, and powers of two."
+    from sympy import Integer
+
+    said = {abs(int(c)) for c in guard.atoms(Integer)}
+    said |= {a * b for a, b in itertools.combinations(said, 2)}
     found = []
+    for n in names.values():
+        others = [max(1, now[o]) for o in names.values() if o != n]
+        marks = {m for c in said for m in (c, math.isqrt(c), *(c // o for o in others), *(c + o for o in others))}
+        near = {*range(2, 18), *range(now[n] - 1, now[n] + 10), 2 * now[n], 2 * now[n] + 1, 33, 64, 100}
+        sizes = near | {m + d for m in marks for d in (-1, 0, 1)} | {2**k for k in range(7, 18)}
+        found += [now | {n: s} for s in sorted(sizes - {now[n]}, key=lambda s: (s < now[n], s)) if 2 <= s <= FARTHEST]
+    together = (2, 3, 5, 8, 16, 64, *(2**k for k in range(7, 18))) if len(names) > 1 else ()
+    return found + [now | dict.fromkeys(names.values(), s) for s in together]
+
+
+def counterexamples(
+    guards: list[Any], now: dict[str, int], within: Callable[..., Any]
+) -> tuple[list[dict[str, int]], list[Any]]:  # to be tried; (guard, names, sizes) that would take long
+    """Sizes for which guards do not hold, one to three for each that can be broken.
+
+    Parameters
+    ----------
+    guards : list[Any]
+    now : dict[str, int]
+    within : Callable[..., Any]
+
+    Returns
+    -------
+    tuple[list[dict[str, int]], list[Any]]
+        to be tried; (guard, names, sizes) that would take long
+    """
+    small = lambda t: all(t[n] <= max(100, 2 * now[n] + 1) for n in now)
+    found, far = [], []
     for guard, names in guards:
-        one = [now | {n: s} for n in names.values() for s in sorted(alone(n), key=lambda s: (s < now[n], s))]
-        both = [now | dict.fromkeys(names.values(), s) for s in (2, 3, 5, 8, 16, 64)] if len(names) > 1 else []
-        tries = [t for t in one + both if within(t)][:MOST_TRIES]
-        new = [t for t in tries if is_broken(guard, {s: t[n] for s, n in names.items()})]
-        if not any(t in found for t in new):
-            found += new[:3]
-    return found[:12]
+        tries = [t for t in turning_sizes(guard, names, now) if within(t)]
+        broken = [t for t in tries if is_broken(guard, {s: t[n] for s, n in names.items()})]
+        new = [t for t in broken if small(t)]
+        if broken and not new:
+            far.append((guard, names, [t for t in tries if t not in broken], broken[0]))
+        elif not any(t in found for t in new):
+            found += new[: 3 if len(found) < 9 else 1]
+    return found, far
+
+
+def end_before(graph: dict[str, Any], far: list[Any], now: dict[str, int]) -> None:
+    "Limit a graph to sizes for which guards hold. `ValueError` where several sizes together break one."
+    from sympy import Symbol
+
+    for guard, names, holding, broken in far:
+        if len(names) > 1:
+            said = guard.xreplace({s: Symbol(n) for s, n in names.items()})
+            raise ValueError(
+                f"the model does something else unless {said}, which no graph in a file can say, as for"
+                f" {({n: broken[n] for n in names.values()})}; leave one of these sizes out of dynamic"
+            )
+        (n,) = names.values()
+        low, high = graph["sizes"][n][1:] if isinstance(graph["sizes"][n], list) else (1, MOST_SIZE)
+        last = max([now[n], *(t[n] for t in holding if t[n] < broken[n])])
+        graph["sizes"][n] = [now[n], low, min(high, last)]
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 @torch.no_grad()
@@ -971,16 +1042,25 @@ def compared(
     now = {n: s[0] if isinstance(s, list) else s for n, s in graph["sizes"].items()}
     within = lambda sizes: all(s[1] <= sizes[n] <= s[2] for n, s in graph["sizes"].items() if isinstance(s, list))
     tries = [now] + [now | {n: size} for n in now for size in (now[n] + 1, 1) if size != now[n]]
-    tries = [t for t in tries + counterexamples(guards, now, within) if within(t)]
+    found, far = counterexamples(guards, now, within)
+    end_before(graph, far, now)
+    tries = [t for t in [*tries, dict.fromkeys(now, 1), *found] if within(t)]
     for sizes in tries:
         inputs = [_of_size(x, free, sizes) for x, free in zip(layout.example, layout.free)]
         with torch.random.fork_rng(devices=[]):
             try:
-                want = parts_of(called(layout, copied(original), [x.clone() for x in inputs]))[0]
+                fresh = copied(original)
+                want = parts_of(called(layout, fresh, [x.clone() for x in inputs]))[0]
+                again = parts_of(called(layout, fresh, [x.clone() for x in inputs]))[0] if sizes is now else want
             except Exception:
                 if sizes is now:
                     raise
                 continue  # the model cannot do it either
+            if changed := difference(want, again):
+                raise ValueError(
+                    f"the model gives something else when it is called again ({changed}): it changes, or keeps"
+                    " something, while it runs, which no graph in a file can say"
+                )
             try:
                 got = run_plan(plan, lambda n: submodule(own, n), lambda n: tensor_of(own, n), inputs, sizes)
                 off = difference(want, parts_of(got)[0])
@@ -1021,7 +1101,8 @@ def difference(want: list[Tensor], got: list[Tensor]) -> str | None:
 def _of_size(x: Tensor, free: dict[int, str], sizes: dict[str, int]) -> Tensor:
     "With other sizes: less of a tensor, or its last part again and again."
     for d, n in free.items():
-        x = x.index_select(d, torch.arange(sizes[n]).clamp(max=x.shape[d] - 1))
+        if x.shape[d] != sizes[n]:  # the example itself keeps its strides
+            x = x.index_select(d, torch.arange(sizes[n]).clamp(max=x.shape[d] - 1))
     return x
 
 # %% ../../nbs/workshop/graph_tracing.ipynb

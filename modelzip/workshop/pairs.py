@@ -475,9 +475,9 @@ def asked_pairs(
             f"of this model nothing can be proved: {e}; leave equalize out, or take the layers out into a model of"
             " their own"
         ) from e
-    for pair in pairs:
-        if (reason := why_not(model, graphs, *pair)) is not None:
-            raise ValueError(f"pair {tuple(pair)} cannot be equalized: {reason}")
+    for first, second in pairs:
+        if (reason := why_not(model, graphs, first, second)) is not None:
+            raise ValueError(f"pair {(first, second)} cannot be equalized: {reason}")
     return [tuple(p) for p in pairs]
 
 # %% ../../nbs/workshop/pairs.ipynb

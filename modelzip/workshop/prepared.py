@@ -25,6 +25,7 @@ from modelzip.workshop.matrices import (
     outputs_of,
     overlap,
     option_rule,
+    passed_over,
 )
 from .models import computed
 
@@ -196,6 +197,7 @@ def choose_places(
     if not places:
         raise ValueError(
             "model has no layer to quantize; it may have Linear, convolutions, Embedding, recurrent layers, attention"
+            + passed_over(model)
         )
     _check_ties(model, places)
     return places

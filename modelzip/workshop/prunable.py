@@ -319,22 +319,6 @@ def check_patterns(
         if not fnmatch.filter(names, p):
             raise ValueError(f"{what} names {p!r}; the layers are {', '.join(names)}")
 
-
-def check_finite(
-    name: str,  # of the layer
-    layer: nn.Module,
-) -> None:
-    """`ValueError` for weights that are NaN or infinite, which have no order.
-
-    Parameters
-    ----------
-    name : str
-        of the layer
-    layer : nn.Module
-    """
-    if not bool(torch.isfinite(layer.weight).all()):
-        raise ValueError(f"layer {name or '(model)'} holds weights that are NaN or infinite")
-
 # %% ../../nbs/workshop/prunable.ipynb
 def check_sparsity(sparsity: Any, name: str = "sparsity") -> None:
     "`ValueError` unless it is a number in [0, 1), or a dict of such."

@@ -19,13 +19,13 @@ from ..data import Split
 from .arguments import fits
 from .collecting import Evidence, check_calibrated, collect, in_order
 from .criteria import Criterion, as_criterion, needed
+from .floats import check_finite
 from .masks import check_survivors, find_mask, mask_layer, share_gone, share_masks
 from .models import as_batches
 from modelzip.workshop.prunable import (
     PRUNABLE,
     as_rows,
     by_reason,
-    check_finite,
     from_rows,
     left_whole,
     original_of,
@@ -199,7 +199,7 @@ def scores(self: Pruner) -> dict[str, Tensor]:
     "What each weight is worth now, [outputs, …]; −inf where it is gone."
     c, scores = self.criterion, {}
     for n, layer in self.layers.items():
-        check_finite(n, layer)
+        check_finite(layer.weight, f"the weight of layer {n or '(model)'}")
     seen = {}
     if c.needs:
         seen = collect(self.model, self.batches, c.needs, self.loss, self.layers, getattr(c, "lr", 0.01))
@@ -244,7 +244,7 @@ def _cut_and_repair(self: Pruner, share: float | Mapping[str, float]) -> None:
             "scope is 'global'; SparseGPT prunes layer by layer: it may be 'layer', 'uniform', 'output' or 'erk'"
         )
     for n, m in self.layers.items():
-        check_finite(n, m)
+        check_finite(m.weight, f"the weight of layer {n or '(model)'}")
     weights = {n: as_rows(m, m.weight) for n, m in self.layers.items()}
     shares = shares_of(weights, share, "erk" if self.scope == "erk" else "layer")
     check_calibrated(self.layers)

@@ -17,7 +17,7 @@ from ..quant import QUANTIZABLE, Dequantize, QTensor, quantize
 from .arguments import options_of
 from .rewriting import copy_with, layout_for, plain_layer
 from .masks import find_mask, masks, remove_masks
-from .matrices import combined
+from .matrices import combined, passed_over
 from .models import carry_hooks, check_code, computed
 from .prunable import check_patterns, key_of, names_of, not_plain, weighs
 from .sparse_tensors import SparseTensor, sparsify
@@ -299,7 +299,10 @@ def _with_zeros(model, layers) -> dict[str, nn.Module]:
         and (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and weighs(m))
     }
     if not found:
-        raise ValueError(f"model has nothing to make sparse with layers={names_of(layers)}; it may have some of these")
+        raise ValueError(
+            f"model has nothing to make sparse with layers={names_of(layers)}; it may have some of these"
+            + passed_over(model)
+        )
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..quant import Dequantize
 from .arguments import need
+from .matrices import passed_over
 from .prunable import PRUNABLE, left_whole, names_of
 
 # %% ../../nbs/workshop/sparsity_tables.ipynb
@@ -68,7 +69,9 @@ def sparsity_table(
     counted = lambda m: isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor)
     found = {n: m for n, m in model.named_modules() if counted(m) or isinstance(m, Dequantize)}
     if not found:
-        raise ValueError(f"model has no layer to count in with layers={names_of(layers)}; it may have some")
+        raise ValueError(
+            f"model has no layer to count in with layers={names_of(layers)}; it may have some{passed_over(model)}"
+        )
     return SparsityTable(
         [(n, tuple(m.weight.shape), m.weight.numel(), int((m.weight == 0).sum())) for n, m in found.items()],
         left_whole(model, layers),

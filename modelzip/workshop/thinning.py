@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .floats import check_finite
 from .matrices import also_held, identity_of, passed_over
 from .models import computed
 from .readonly import read_only
@@ -165,9 +166,8 @@ def factors_of(
     if not found:
         asked = "" if layers is None else f"; layers is {list(layers)}, and it may name {', '.join(good) or 'none'}"
         raise ValueError(f"model has no Linear or Conv2d that could be factorized{asked}{passed_over(model)}")
-    bad = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
-    if bad:
-        raise ValueError(f"{bad}.weight has NaN or infinite values")
+    for n, m in found.items():
+        check_finite(m.weight, f"the weight of layer {n or '(model)'}")
     if isinstance(rank, dict):
         if other := [n for n in rank if n not in found]:
             raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")

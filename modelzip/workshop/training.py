@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['seeded', 'eval_mode', 'device_of', 'check_examples', 'scores_of', 'check_scores', 'check_training', 'batches_of',
-           'checked_loss', 'one_cycle', 'frozen_layers']
+           'checked_loss', 'check_trained', 'one_cycle', 'frozen_layers']
 
 # %% ../../nbs/workshop/training.ipynb
 import math, threading
@@ -123,6 +123,8 @@ def check_training(model: nn.Module, data: Split, epochs: int, lr: float, batch_
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
+    if any(p.is_meta for p in parameters):
+        raise ValueError("the model is on the meta device and holds no numbers; load them first")
     return parameters, epochs * len(batches_of(torch.arange(len(data)), batch_size))
 
 
@@ -167,6 +169,14 @@ def checked_loss(
             f"the loss became {value.item()} at step {step + 1}: try an lr below {lr:.2g}, or look for NaN in the data"
         )
     return value
+
+
+def check_trained(parameters: list[nn.Parameter], lr: float) -> None:
+    "FloatingPointError for weights that the last step has spoiled, which no later loss tells."
+    if not all(p.isfinite().all() for p in parameters):
+        raise FloatingPointError(
+            f"weights became NaN or infinite at the last step: try an lr below {lr:.2g}, or train in float32"
+        )
 
 
 def _several(scores: Tensor) -> Tensor:
