@@ -1230,7 +1230,7 @@ def example_of(
 # %% ../nbs/workshop/cli.ipynb
 @command(
     "write a model in another format",
-    "modelzip convert model.mz model.safetensors --expand",
+    "modelzip convert model.mz expanded.safetensors --expand",
     argument("model", help=MODEL),
     argument(
         "output",

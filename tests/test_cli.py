@@ -343,8 +343,8 @@ def test_help_of_every_command_has_its_example(capsys):
 def test_examples_are_commands_that_parse():
     from modelzip.cli import parser
 
-    for f in COMMANDS.values():
-        parser().parse_args(f.example.split(">")[0].split()[1:])
+    said = {name: parser().parse_args(f.example.split(">")[0].split()[1:]) for name, f in COMMANDS.items()}
+    assert said["convert"].output != said["compress"].model  # pasted one after the other, they leave the original
 
 
 def test_an_update_from_the_shell(place, tmp_path, monkeypatch, capsys):

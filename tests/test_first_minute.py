@@ -343,7 +343,9 @@ def test_promises_are_those_of_the_settings():
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"Python {SETTINGS['min_python']} or newer" in page
     assert f"PyTorch {re.search(r'torch>=([0-9.]+)', SETTINGS['requirements'])[1]} or newer" in page
-    assert f"PyTorch {re.search('^torch==([0-9.]+)', pins, re.M)[1]} on Linux" in page
+    tested = re.search("^torch==([0-9.]+)", pins, re.M)[1]
+    assert f"PyTorch {tested} on Linux" in page
+    assert f"`torch=={tested}`" in (ROOT / "README.md").read_text(encoding="utf-8")
     versions = {re.match(r"version(\d)", p.name)[1] for p in (ROOT / "tests/files").glob("version*.mz")}
     assert versions == set("1234567") and "there has been, 1 to 7, is read" in page
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
