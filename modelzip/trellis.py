@@ -328,9 +328,9 @@ def step_for(
 
 
 def first_step(x: Tensor, bits: float) -> float:
-    "Where to begin: in proportion to σ 2⁻ᵇ, as a bell would need it, and a little finer."
+    "Where to begin: in proportion to σ 2⁻ᵇ, as a bell would need it, and a little finer; codes stay below 2¹⁵."
     top = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # squares of all sizes can be said
-    return 1.8 * top.item() * (x / top).square().mean().sqrt().item() * 2.0**-bits
+    return max(1.8 * top.item() * (x / top).square().mean().sqrt().item() * 2.0**-bits, top.item() / 32000)
 
 # %% ../nbs/11c_trellis.ipynb
 @torch.no_grad()
@@ -398,14 +398,14 @@ def trellis_weight(
     if spacing is not None:
         step = max(spacing / 2 * root_mean_square(w), x.abs().max().item() / 32000 * mean)  # outliers can be said, too
     lanes = lambda t: nn.functional.pad(t.flatten(), (0, -t.numel() % run)).view(-1, run)
+    if step is not None and (most := x.abs().max().item() / step * mean) > 32700:
+        raise ValueError(f"step is {step:.3g}, which is too small: the largest weight is {most:.3g} of it")
     spread = spread_of(x / (first_step(x, bits) if step is None else step / mean))
     classes = lanes(classes_of(spread, x.shape)) if spread else None
     step = step_for(lanes(x), bits, price, states, classes) if step is None else step / mean
     if not torch.finfo(torch.float32).tiny < step < torch.finfo(torch.float32).max:
         raise ValueError(f"the step is {step}, which float32 cannot say")
     x = x / (step := torch.tensor(step, dtype=torch.float32).item())
-    if x.abs().max() > 32700:
-        raise ValueError(f"step is {step:.3g}, which is too small: the largest weight is {x.abs().max():.3g} of it")
     take = learned_bits(lanes(x), price, states, classes, rounds=3 if price else 0)
     if known:
         classes = None if classes is None else classes.view(x.shape)

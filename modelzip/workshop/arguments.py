@@ -52,6 +52,8 @@ def fits(
         return isinstance(x, Real) or _number(x)
     if kind in (Path, os.PathLike):
         return isinstance(x, (str, os.PathLike))
+    if kind is tuple and inside and inside[-1] is not ... and isinstance(x, tuple):
+        return len(x) == len(inside) and all(map(fits, x, inside))
     if kind is tuple:
         return isinstance(x, (tuple, type))  # a class where classes are asked for
     if kind in (list, Sequence, Iterable, Container) and (
@@ -142,6 +144,8 @@ def in_words(
     if kind is Callable and inside and inside[0] is not ...:
         n, each = len(inside[0]), ", ".join(map(in_words, inside[0]))
         return f"a function of {n or 'no'} argument{'s' * (n != 1)}" + f" ({each})" * bool(each)
+    if kind is tuple and inside and inside[-1] is not ...:
+        return f"a tuple ({', '.join(map(in_words, inside))})"
     return WORDS.get(kind) or WORDS.get(kind.__name__) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
 
 
@@ -179,16 +183,23 @@ def unfit(
             continue
         return _misfit(name, x, p.annotation, wide)
     for name, x in given.arguments.items():
-        inside = typing.get_args(given.signature.parameters[name].annotation)
-        several = isinstance(x, (list, tuple)) or getattr(x, "shape", ())
-        if several and len(inside) == 1 and isinstance(inside[0], type):
-            if odd := [(i, t) for i, t in enumerate(itertools.islice(x, 1000)) if not fits(t, inside[0])]:
-                return f"{name} holds {_short(odd[0][1])} at {odd[0][0]}; it may hold {in_words(inside[0])} there"
+        inside = _inside(given.signature.parameters[name].annotation)
+        if inside is not None and (isinstance(x, (list, tuple)) or getattr(x, "shape", ())):
+            if odd := [(i, t) for i, t in enumerate(itertools.islice(x, 1000)) if not fits(t, inside)]:
+                return f"{name} holds {_short(odd[0][1])} at {odd[0][0]}; it may hold {in_words(inside)} there"
     return None
 
 
 def _misfit(name, x, kind, wide=""):
     return f"{name} is {_short(x)}; it may be {in_words(kind)}{wide}{remedy(x, kind)}"
+
+
+def _inside(kind):
+    "What stands in a list, if that is said."
+    for k in typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,):
+        held = typing.get_args(k)
+        if len(held) == 1 and (isinstance(held[0], type) or typing.get_origin(held[0]) is tuple):
+            return held[0]
 
 
 def _holds_tensors(x):

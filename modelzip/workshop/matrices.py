@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .arguments import check_function, check_kind
-from .models import check_code, computed, held_in
+from .models import SCRIPTED, check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _recurrent(layer):
@@ -341,6 +341,9 @@ def passed_over(model: nn.Module) -> str:  # behind an error that says that a mo
     small = sum(getattr(m, "packed", None) is not None for m in model.modules())
     said = [f"layers that are compressed already: {small} (dequantize_model(model) makes floats of them)"] * bool(small)
     for name, m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            said.append(f"{f'layer {name}' if name else 'the model'} is {SCRIPTED}")
+            break
         if parametrize.is_parametrized(m):
             key = next(iter(m.parametrizations))
             said.append(f"{name + '.' * bool(name)}{key} {computed(m, key)}")

@@ -10,7 +10,6 @@ import functools, hashlib, mmap, os, threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
