@@ -16,6 +16,7 @@ from browsing import (
     site,
     wait,
 )
+from guards import share
 from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
@@ -474,6 +475,7 @@ PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 
 MOVING = sorted({*EXPLORED, *MATH})
 STILL = [name for p in site.notebooks(ROOT / "nbs") if (name := Path(site.page_name(p)).stem) not in MOVING]
+WIDE = {*share(STILL, len(STILL) // 4)}
 
 
 @browser_only
@@ -498,15 +500,16 @@ def test_what_moves_and_what_is_typeset(browser, address, chapter):
 
 
 @browser_only
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("page", STILL)
 def test_pages_fit_the_window(browser, address, page):
-    "The others: those on which something moves are measured above."
-    fits_the_window(browser, address, page, lay_out_in_a_frame)
+    """The others: those on which something moves are measured above. What fits a telephone fits a computer: where the
+    suite is no search, a quarter of them is laid out for one, too."""
+    fits_the_window(browser, address, page, lay_out_in_a_frame, (390, 1280) if page in WIDE else (390,))
 
 
-def fits_the_window(browser, address, page, seen=open_in_a_frame):
+def fits_the_window(browser, address, page, seen=open_in_a_frame, widths=(390, 1280)):
     "A telephone's, and then a computer's; letters of figures that are not folded have at least 11 pixels on either."
-    widths = 390, 1280
     for width, (wide, inner, main, least) in zip(widths, seen(browser, address, f"{page}.html", widths)):
         assert wide <= width and inner == width and main > width / 3
         assert least > 10.99
