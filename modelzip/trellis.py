@@ -19,7 +19,7 @@ from .ptq import LayerStatistics, inverse_factor, quantize_with
 from .workshop.floats import as_tensor, check_finite
 from .workshop.scales import matrices_for, root_mean_square, scaled_to_one
 from .workshop.trellis_contexts import bits_a_code, classes_of, code_bits, context_of, run_of, spread_of
-from .workshop.trellis_contexts import own_steps, pulls, way_back
+from .workshop.trellis_contexts import moved_on, own_steps, pulls, way_back
 from .workshop.trellis_tensors import TrellisTensor, from_codes, grids, next_states
 
 _all_ = ["TrellisTensor", "next_states"]  # the workshop's
@@ -78,8 +78,7 @@ def best_of_kind(
     near = (((size + odd) / 2 - parity) / 2).round_().mul_(2).add_(parity).clamp_(parity, most - (most - parity) % 2)
     wrong = lambda k: (size - 2 * k + odd * (k > 0)).square_()
     if not isinstance(price, Tensor) and not price:  # to 0 an odd grid's even codes have 3 steps, so half of it is 1.5
-        near.masked_fill_((size < 1.5) & (parity < odd), 0)
-        return near, wrong(near)
+        return near.masked_fill_((size < 1.5) & (parity < odd), 0), wrong(near)
     below = (near - 2).clamp_(min=parity)
     cost = lambda k: wrong(k).add_(price * table[context * (most + 1) + k.long()])
     high, low = cost(near), cost(below)
@@ -257,12 +256,11 @@ def lane_with_feedback(
     """
     (before, kind), odd, (run, rows) = branches(states), (torch.arange(states) >= states // 2).long()[:, None], w.shape
     way, second = before + kind % 2 * states, torch.empty(run, states, rows, dtype=torch.bool)
-    arriving = lambda v: (v.flatten(0, 1).index_select(0, way[i]) for i in (0, 1))  # [parity, states, rows]
+    arriving = lambda v: (v.flatten(0, 1).index_select(0, way[i]) for i in (1, 0))  # v: [parity, states, rows]
     codes, errors = (torch.empty(run, states, rows, dtype=w.dtype) for _ in range(2))
     total, parity = torch.full((states, rows), math.inf, dtype=w.dtype), torch.arange(2)[:, None, None]
     total[0] = 0
-    first, row, pull = before * rows, torch.arange(rows), pull.triu(1)
-    w, past = w.t().repeat(states, 1), torch.arange(states)[:, None].expand(states, rows)  # a survivor's lie together
+    first, row, pull, w = before * rows, torch.arange(rows), pull.triu(1), w.t().repeat(states, 1)  # a row each
     for t in range(run):
         some, at = slice(t // NEAR * NEAR, t // NEAR * NEAR + NEAR), t % NEAR
         near = near if at else w[:, :NEAR]
@@ -270,17 +268,14 @@ def lane_with_feedback(
         size, sign = now.abs(), torch.where(now < 0, -1, 1).to(w.dtype)
         context = odd if classes is None else odd + 2 * classes[t]
         k, cost = best_of_kind(size, odd, parity, bits, price and price / counts[t], context)
-        one, other = arriving(cost * counts[t] + total)
+        other, one = arriving(cost * counts[t] + total)
         later, total = torch.lt(other, one, out=second[t]), torch.minimum(one, other)
         for out, v in (codes, k * sign), (errors, (size - 2 * k + odd * (k > 0)) * sign):
-            one, other = arriving(v)
-            torch.where(later, other, one, out=out[t])
+            torch.where(later, *arriving(v), out=out[t])
         came = (torch.where(later, first[1][:, None], first[0][:, None]) + row).flatten()
         near = near.index_select(0, came).addr_(errors[t].flatten(), pull[t, some], alpha=-1)
         if at == NEAR - 1 and t + 1 < run:
-            began, (own,) = way_back(past, before, second[some], errors[some])
-            w = w[:, NEAR:].index_select(0, (began * rows + row).flatten())
-            w.addmm_(own.flatten(1).t(), pull[some, t + 1 :], alpha=-1)
+            w = moved_on(w[:, NEAR:], pull[some, t + 1 :], before, second[some], errors[some])
     codes, errors = way_back(total.argmin(0)[None], before, second, codes, errors)[1]
     return codes[:, 0].int(), errors[:, 0]
 
@@ -388,12 +383,9 @@ def trellis_weight(
     known = statistics is not None and statistics.moment is not None
     known = known and len(matrices_for(weight, statistics, axis)) == 1 and axis == 0
     factor = inverse_factor(scaled_to_one(statistics.moment)[0].to(w.dtype), damping).to(w.dtype) if known else None
-    column_steps = column_steps and known and len(shape) == 2
-    own, rows, columns = own_steps(
-        w, factor.diagonal() if column_steps else None, importance if len(shape) > 1 else None
-    )
-    ones = rows[:, None] * columns
-    run = run_of(w.shape[1]) if known else 128
+    diagonal = factor.diagonal() if column_steps and known and len(shape) == 2 else None
+    own, rows, columns = own_steps(w, diagonal, importance if len(shape) > 1 else None)
+    ones, run = rows[:, None] * columns, run_of(w.shape[1]) if known else 128
     x, mean = w / ones, ones.log2().mean().exp2().item()
     if spacing is not None:
         step = max(spacing / 2 * root_mean_square(w), x.abs().max().item() / 32000 * mean)  # outliers can be said, too
@@ -460,8 +452,8 @@ def trellis(
     nn.Module
         a copy with `Dequantize` layers that hold a `TrellisTensor`
     """
-    how, catch_up = dict(bits=bits, states=states, price=price, damping=damping), catch_up if batches is not None else 0
-    how |= dict(spacing=spacing, column_steps=column_steps)
+    how = dict(bits=bits, states=states, price=price, damping=damping, spacing=spacing, column_steps=column_steps)
+    catch_up = 0 if batches is None else catch_up
     return quantize_with(trellis_weight, model, batches, None, None, catch_up, overrides, layers, **how)
 
 # %% ../nbs/11c_trellis.ipynb

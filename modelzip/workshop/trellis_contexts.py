@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['context_of', 'code_bits', 'bits_a_code', 'spread_of', 'classes_of', 'exponents', 'own_steps', 'run_of', 'way_back',
-           'pulls']
+           'moved_on', 'pulls']
 
 # %% ../../nbs/workshop/trellis_contexts.ipynb
 import math
@@ -180,6 +180,16 @@ def way_back(state: Tensor, before: Tensor, second: Tensor, *noted: Tensor) -> t
             torch.gather(of_all[t], 0, state, out=out[t])
         state = came.index_select(0, (2 * state + second[t].gather(0, state)).flatten()).view(state.shape)
     return state, theirs
+
+
+def moved_on(w: Tensor, pull: Tensor, before: Tensor, second: Tensor, errors: Tensor) -> Tensor:
+    """Weights to come, [states · rows, left]: each survivor has those of the state that it began in, less what its
+    errors, [run, states, rows], pull, [run, left]."""
+    states, rows = errors.shape[1:]
+    state = torch.arange(states)[:, None].expand(states, rows)
+    began, (own,) = way_back(state, before, second, errors)
+    came = (began * rows + torch.arange(rows)).flatten()
+    return w.index_select(0, came).addmm_(own.flatten(1).t(), pull, alpha=-1)
 
 
 def pulls(factor: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
