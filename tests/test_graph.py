@@ -786,6 +786,17 @@ def test_hostile_graphs_are_refused_in_little_memory(files):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes: 1 GiB
 
 
+def test_a_state_of_another_kind_is_refused_when_the_file_is_read(files):
+    "A recurrent layer's shapes are worked out here, not by PyTorch, which would refuse it when it runs."
+    (manifest, rows, *_) = [m for m in opened_graphs(files) if any(n[0] == ".layer" for n in m[0]["graph"]["nodes"])][0]
+    at = [n[0] for n in manifest["graph"]["nodes"]].index(".layer")
+    for state in (True, 1, {"number": 2}, [1], [1, 1], [1, 1, 1], [True, True]):
+        bad = copy.deepcopy(manifest)
+        bad["graph"]["nodes"][at].append(state)
+        with pytest.raises(PackError, match=rf"node {at} .*layer"):
+            skeleton_of(check_manifest(bad), None, rows)
+
+
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: f"{b[0]} {str(b[1:])[:30]}")
 def test_bombs_are_named(files, bomb):
     for manifest, rows, _, _ in share(opened_graphs(files), 1):

@@ -70,6 +70,12 @@ def run_plan(
 SPARE, TIMES = 2**28, 2**10  # bytes that any graph may use, and for each byte of its inputs and of the file's tensors
 
 
+def _fits_state(x, like):
+    "Whether it has the shape of a state; sizes that are no numbers yet, while a model is traced, fit."
+    differ = lambda a, b: type(a) is type(b) is int and a != b
+    return isinstance(x, Tensor) and x.dim() == like.dim() and not any(map(differ, x.shape, like.shape))
+
+
 def recurrent_ghost(m: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Any, ...]:
     "What a recurrent layer puts out, without its numbers."
     if x.dim() not in (2, 3) or x.shape[-1] != m.input_size:
@@ -78,6 +84,11 @@ def recurrent_ghost(m: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Any, ...]
     batch = x.shape[0 if m.batch_first else 1 : 1 if m.batch_first else 2] if x.dim() == 3 else ()
     state = lambda n: x.new_empty((m.num_layers * ways, *batch, n))
     states = (state(width), state(m.hidden_size)) if isinstance(m, nn.LSTM) else state(width)
+    given, wanted = (hx, states) if isinstance(m, nn.LSTM) else ((hx,), (states,))
+    if hx is not None and not (
+        isinstance(given, (tuple, list)) and len(given) == len(wanted) and all(map(_fits_state, given, wanted))
+    ):
+        raise ValueError(f"a recurrent layer of {width} outputs gets a state that is none of its kind")
     return x.new_empty((*x.shape[:-1], ways * width)), states
 
 
