@@ -255,6 +255,18 @@ def test_nothing_is_built_that_no_file_could_say():
         trellis_weight(torch.zeros(0, 3), states=6)
 
 
+def test_outliers_and_tiny_steps_take_no_memory(monkeypatch):
+    "No code is looked at that a file could not say, so that no table of codes becomes large: 20 GB before."
+    seen, plain = [], modelzip.trellis.spread_of
+    monkeypatch.setattr(modelzip.trellis, "spread_of", lambda x: seen.append(x.abs().max().item()) or plain(x))
+    w = torch.randn(64, 64)
+    with pytest.raises(ValueError, match="step is 1e-09, which is too small: the largest weight is"):
+        trellis_weight(w, step=1e-9)
+    w[3, 5] = 1e9
+    assert trellis_weight(w, bits=12).dequantize()[3, 5] > 0.99e9
+    assert len(seen) == 1 and seen[0] <= 32700
+
+
 @pytest.mark.parametrize("bits", [0.7, 1.5, 3.0, 5.0, 8.0])
 def test_bits_are_what_was_asked_for(bits):
     torch.manual_seed(0)
