@@ -79,9 +79,8 @@ def best_of_kind(
     wrong = lambda k: (size - 2 * k + odd * (k > 0)).square_()
     if not isinstance(price, Tensor) and not price:  # to 0 an odd grid's even codes have 3 steps, so half of it is 1.5
         return near.masked_fill_((size < 1.5) & (parity < odd), 0), wrong(near)
-    below = (near - 2).clamp_(min=parity)
     cost = lambda k: wrong(k).add_(price * table[context * (most + 1) + k.long()])
-    high, low = cost(near), cost(below)
+    high, low = cost(near), cost(below := (near - 2).clamp_(min=parity))
     return torch.where(low < high, below, near), torch.minimum(low, high)
 
 # %% ../nbs/11c_trellis.ipynb
@@ -340,8 +339,7 @@ def trellis_weight(
     importance: Tensor | None = None,  # [len(weight)]: what a squared error in weight[i] counts; its step follows
     damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
     axis: int = 0,  # which dimension holds the outputs; unless it is 0, nothing is made up for
-    # instead of bits: two fine steps, what values of one grid are apart, in units of the weight's root mean square
-    spacing: float | None = None,
+    spacing: float | None = None,  # instead of bits: two fine steps, in units of the weight's root mean square
 ) -> TrellisTensor:
     """Trellis-coded quantization of one layer's weight (Marcellin and Fischer 1990; Fischer and Wang 1992), with
     GPTQ's feedback where the inputs are known (Frantar et al. 2022, arXiv:2210.17323). `ValueError` for a weight that
@@ -370,7 +368,7 @@ def trellis_weight(
     axis : int, default 0
         which dimension holds the outputs; unless it is 0, nothing is made up for
     spacing : float | None, default None
-        instead of bits: two fine steps, what values of one grid are apart, in units of the weight's root mean square
+        instead of bits: two fine steps, in units of the weight's root mean square
     """
     weight = check_finite(as_tensor(weight, "weight"), "weight")
     if not (step is None or 0 < step < math.inf) or not 0 <= price < math.inf:
