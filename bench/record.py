@@ -1,5 +1,5 @@
-"""A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most half a
-percentage point.
+"""A thousand times smaller: LeNet-5 as the smallest `.mz` file that loses at most half a percentage point, and
+LeNet-300-100 by the recipe that did so before.
 
     python bench/record.py             three seeds in two processes, measured on the test part; writes
     bench/results/record.json and record.mz
