@@ -68,7 +68,7 @@ grade: $(STAMP)  ## mark the notebooks of FOLDER=… (a folder for each student)
 bench: $(STAMP)  ## speed, size and memory against peers, as ratios of one run
 	for b in $(filter-out bench/record.py,$(wildcard bench/*.py)); do $(BIN)/python $$b || exit 1; done
 
-record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and bench/results/record.json (half an hour)
+record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and bench/results/record.json (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again

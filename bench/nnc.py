@@ -47,7 +47,7 @@ for i, (name, qp, trellis) in enumerate(json.load(open(folder + "/jobs.json"))):
 # (weights, quantization parameter, trellis): the step is 2^(qp/4), and between these straight; -32 with the trellis is
 # what it does unless it is told otherwise
 JOBS = [("record, its codes", 0, False)]
-JOBS += [("record, its weights", qp, trellis) for trellis in (True, False) for qp in (-32, -20, -16, -12)]
+JOBS += [("record, its weights", qp, trellis) for trellis in (True, False) for qp in (-8, -4, 0, 4)]
 JOBS += [("LeNet-5", qp, trellis) for trellis in (True, False) for qp in (-32, -20, -16, -12)]
 
 
@@ -55,12 +55,16 @@ def weights_of(model: nn.Module) -> dict:
     return {n: p.detach().numpy().astype(np.float32) for n, p in model.named_parameters() if p.dim() > 1}
 
 
-def plain(model: nn.Module) -> nn.Module:
-    "The same network with weights in floats."
-    model = copy.deepcopy(model)
+@torch.no_grad()
+def in_steps(model: nn.Module) -> nn.Module:
+    """The network in floats, with codes as its weights: all its answers are multiplied by one number. (Between its
+    layers are only maxima and ReLU. NNCodec has one step for all of them, to which each would have to fit.)"""
+    model, factor = copy.deepcopy(model), 1.0
     for name, layer in list(model.named_children()):
-        if isinstance(layer, Dequantize):
-            setattr(model, name, layer.expanded())
+        factor, new = factor / layer.q.scale, layer.expanded()
+        new.weight.copy_(layer.q.unpack().int() - layer.q.levels // 2)
+        new.bias.copy_(layer.bias * factor)
+        setattr(model, name, new)
     return model
 
 
@@ -102,7 +106,7 @@ def main():
     if PEER:
         layers = {n: m for n, m in record.named_children() if isinstance(m, Dequantize)}
         codes = {f"{n}.weight": (m.q.unpack().int() - m.q.levels // 2).float().numpy() for n, m in layers.items()}
-        rows += theirs({"record, its weights": plain(record), "LeNet-5": full}, codes, data.test)
+        rows += theirs({"record, its weights": in_steps(record), "LeNet-5": full}, codes, data.test)
     else:
         print("NNCodec is left out: NNCODEC_PYTHON names no interpreter that has it")
     for row in rows:

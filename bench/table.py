@@ -132,7 +132,7 @@ def answers():
 - **Language models?** Small ones, on a CPU: files of llama.cpp are read, written, archived and rounded anew, and a Llama of one page runs them ([below](#a-language-model)). It is no engine for chats.
 - **Models of Hugging Face?** They are modules like yours: `quantize_model(model)`, `gptq(model, [{{"input_ids": ids}}])`, `save`, `load(path, model)`. From the shell `modelzip compress` takes a folder of the Hub, its weights alone.
 - **A GPU?** Nothing here was tested or timed on one. The integer products are those of CPUs.
-- **{net["weights"] / net["table"][-1]["bytes"]:,.0f} times smaller?** That is another network: a student of {size:,} parameters, distilled from LeNet-5 and trained with a price on each bit (the mean of {len(runs)} seeds when it was measured: {mean}; the first of them as it is written [today](13b_record.ipynb): {now}). Of LeNet-5 itself, pruned and rounded, the file is {own.split("|")[4].strip().rstrip("×")} times smaller."""
+- **{net["weights"] / net["table"][-1]["bytes"]:,.0f} times smaller?** That is another network: a student of {size:,} parameters, distilled from LeNet-5 and trained with a price on each bit (the mean of {len(runs)} seeds: {mean}; [the first of them](13b_record.ipynb): {now}). Of LeNet-5 itself, pruned and rounded, the file is {own.split("|")[4].strip().rstrip("×")} times smaller."""
 
 
 def language():
