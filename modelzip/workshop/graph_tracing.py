@@ -391,9 +391,7 @@ def _first(name):
 
 SAME = lambda given, value: None  # nothing is done
 REWRITES: dict[Any, Any] = {
-    **dict.fromkeys(
-        "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh".split(), SAME
-    ),
+    **dict.fromkeys("alias detach detach_ clone contiguous lift_fresh_copy lift_fresh".split(), SAME),
     **dict.fromkeys(("dropout", "feature_dropout"), _dropout),
     **dict.fromkeys(
         "flatten unflatten view_as reshape_as".split(), lambda given, value: ("view", _shaped(given, value))
@@ -998,9 +996,10 @@ def end_before(graph: dict[str, Any], far: list[Any], now: dict[str, int]) -> No
     for guard, names, holding, broken in far:
         if len(names) > 1:
             said = guard.xreplace({s: Symbol(n) for s, n in names.items()})
+            sizes = {n: broken[n] for n in names.values()}
             raise ValueError(
-                f"the model does something else unless {said}, which no graph in a file can say, as for"
-                f" {({n: broken[n] for n in names.values()})}; leave one of these sizes out of dynamic"
+                f"the model does something else unless {said}, which no graph in a file can say, as for {sizes}; leave"
+                " one of these sizes out of dynamic"
             )
         (n,) = names.values()
         low, high = graph["sizes"][n][1:] if isinstance(graph["sizes"][n], list) else (1, MOST_SIZE)

@@ -558,9 +558,7 @@ def _of_a_library(x):
     )
 
 
-SCRIPTED = (
-    "a torch.jit.ScriptModule, which nobody can look into or change; hand over the module that it was made from"
-)
+SCRIPTED = "a torch.jit.ScriptModule, which nobody can look into or change; hand over the module that it was made from"
 
 
 def check_ordinary(model: nn.Module) -> None:

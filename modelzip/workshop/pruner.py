@@ -22,15 +22,7 @@ from .criteria import Criterion, as_criterion, needed
 from .floats import check_finite
 from .masks import check_survivors, find_mask, mask_layer, share_gone, share_masks
 from .models import as_batches
-from modelzip.workshop.prunable import (
-    PRUNABLE,
-    as_rows,
-    by_reason,
-    from_rows,
-    left_whole,
-    original_of,
-    prunable_layers,
-)
+from .prunable import PRUNABLE, as_rows, by_reason, from_rows, left_whole, original_of, prunable_layers
 from .units import check_request, choose_masks, parse_granularity, shares_of, units
 
 # %% ../../nbs/workshop/pruner.ipynb
