@@ -229,11 +229,10 @@ def train(
     optimizer: Callable[..., Any] = torch.optim.Adam,
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:  # the same model, in eval mode
-    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss, or a weight, that is NaN or
-    infinite
-    raises FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and
-    normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode,
-    also after an error.
+    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss or a weight that is NaN or
+    infinite raises FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are
+    frozen, and normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in
+    eval mode, also after an error.
 
     Parameters
     ----------
