@@ -2,7 +2,7 @@
 What a file tells is checked on every page by tools/book_site.py; what only a browser sees is checked here by axe-core,
 on a page of each kind, and on all of them by `make fuzz`."""
 
-import importlib.util, json, re
+import importlib.util, json, random, re
 from pathlib import Path
 
 import access
@@ -125,6 +125,16 @@ def test_figures_take_the_colours_of_their_page():
     assert {*re.findall(r'href="#(\w+)"', made), *re.findall(r"url\(#(\w+)\)", made)} == names
 
 
+def test_what_stands_beside_a_coloured_ground_is_told_from_the_page():
+    "A formula's parts stand on lines of their own: where it ends is not told by the spaces between them."
+    parts = "".join(f'\n        <tspan x="{6 * i}">{c}</tspan>' for i, c in enumerate("102"))
+    label = f'<g><g transform="translate(4 50)"><text style="font-size:10px">{parts}\n        </text></g></g>'
+    ground = '<g><path d="M 40 0 L 99 0 L 99 99 L 40 99 z" style="fill: #0072b2"/></g>'
+    for svg, inside in (ground + label, False), (ground + label.replace("(4 ", "(60 "), True):
+        made = figures.in_page(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 99 99">{svg}</svg>', "a label")
+        assert ('fill="#000000"' in made) == inside
+
+
 def test_frames_of_explorers_take_the_colours_of_their_page():
     from modelzip.workshop.frames import img
     from modelzip.workshop.pictures import data_uri
@@ -140,20 +150,19 @@ def test_frames_of_explorers_take_the_colours_of_their_page():
 
 
 def test_a_figure_is_kept_once():
-    "As strokes, unless they take over twice the bytes of pixels."
-    kept = {}
-    for strokes in 0, 190, 290:
-        cell = nbformat.v4.new_code_cell()
-        path = f'<path d="{"M 1 1 " * (strokes // 6)}"/>'
-        data = {"image/png": "A" * 120, "image/svg+xml": f"<svg>\n {path}</svg>", "text/plain": "x"}
-        cell.outputs = [nbformat.v4.new_output("display_data", data)]
-        book.drawn_once(nbformat.v4.new_notebook(cells=[cell]))
-        kept[strokes] = sorted(cell.outputs[0].data)
-    assert kept == {
-        0: ["image/svg+xml", "text/plain"],
-        190: ["image/svg+xml", "text/plain"],
-        290: ["image/png", "text/plain"],
-    }
+    "As strokes, unless these take over twice the bytes of pixels when both are compressed."
+    dice, kept = random.Random(0), {}
+    drawn = lambda letters, n: "".join(dice.choices(letters, k=n))
+    for strokes in (0, 2000, 6000), (10**5, 2000, 6000):  # what repeats itself weighs next to nothing
+        for n in strokes[1:]:
+            cell = nbformat.v4.new_code_cell()
+            path = f'<path d="{"M 1 1 " * (strokes[0] // 6)}M {drawn("0123456789", n)}"/>'
+            data = {"image/png": drawn("".join(map(chr, range(48, 112))), 1000), "text/plain": "x"}
+            data["image/svg+xml"] = f"<svg>\n {path}</svg>"
+            cell.outputs = [nbformat.v4.new_output("display_data", data)]
+            book.drawn_once(nbformat.v4.new_notebook(cells=[cell]))
+            kept[strokes[0], n] = min(cell.outputs[0].data)
+    assert kept == {(k, n): f"image/{form}" for k in (0, 10**5) for n, form in ((2000, "svg+xml"), (6000, "png"))}
 
 
 def test_tables_say_of_what_their_headers_are():

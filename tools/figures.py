@@ -61,7 +61,8 @@ def middle(element, shift):
     "About where the middle of a text is."
     size, anchor = letters(element), style_of(element).get("text-anchor", "start")
     x, y = shift[0] + float(element.get("x", 0)), shift[1] + float(element.get("y", 0))
-    along = 0.3 * size * len("".join(element.itertext())) * {"start": 1, "middle": 0, "end": -1}[anchor]
+    said = sum(len(part.strip()) for part in element.itertext())  # parts of a formula stand on lines of their own
+    along = 0.3 * size * said * {"start": 1, "middle": 0, "end": -1}[anchor]
     turned = re.search(rf"rotate\(({NUMBER})", element.get("transform", ""))
     angle = math.radians(float(turned[1])) if turned else 0
     up = -0.35 * size
