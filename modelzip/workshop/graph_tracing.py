@@ -912,7 +912,18 @@ def _name_sizes(w, users, layout, program, limits):
 def guards_of(
     users: list[fx.Node], names: dict[Any, str]
 ) -> list[tuple[Any, dict[Any, str]]]:  # conditions; symbol → name, for each
-    "What is so for the sizes of the example, and what the exporter followed the model for: `if x.shape[1] % 4 == 0`."
+    """What is so for the sizes of the example, and what the exporter followed the model for: `if x.shape[1] % 4 == 0`.
+
+    Parameters
+    ----------
+    users : list[fx.Node]
+    names : dict[Any, str]
+
+    Returns
+    -------
+    list[tuple[Any, dict[Any, str]]]
+        conditions; symbol → name, for each
+    """
     found = [n for node in users for n in node.meta["val"].shape if isinstance(n, torch.SymInt)]
     guards = dict.fromkeys(g.expr for g in found[0].node.shape_env.guards) if found else {}
     return [
@@ -952,7 +963,19 @@ def turning_sizes(guard: Any, names: dict[Any, str], now: dict[str, int]) -> lis
 def counterexamples(
     guards: list[Any], now: dict[str, int], within: Callable[..., Any]
 ) -> tuple[list[dict[str, int]], list[Any]]:  # to be tried; (guard, names, sizes) that would take long
-    "Sizes for which guards do not hold, one to three for each that can be broken."
+    """Sizes for which guards do not hold, one to three for each that can be broken.
+
+    Parameters
+    ----------
+    guards : list[Any]
+    now : dict[str, int]
+    within : Callable[..., Any]
+
+    Returns
+    -------
+    tuple[list[dict[str, int]], list[Any]]
+        to be tried; (guard, names, sizes) that would take long
+    """
     small = lambda t: all(t[n] <= max(100, 2 * now[n] + 1) for n in now)
     found, far = [], []
     for guard, names in guards:
@@ -975,13 +998,8 @@ def end_before(graph: dict[str, Any], far: list[Any], now: dict[str, int]) -> No
             said = guard.xreplace({s: Symbol(n) for s, n in names.items()})
             sizes = {n: broken[n] for n in names.values()}
             raise ValueError(
-<<<<<<< /tmp/tmp3ds6bzux
-                f"the model does something else unless {said}, which no graph in a file can say, as for"
-                f" { ({n: broken[n] for n in names.values()}) }; leave one of these sizes out of dynamic"
-=======
                 f"the model does something else unless {said}, which no graph in a file can say, as for {sizes}; leave"
                 " one of these sizes out of dynamic"
->>>>>>> /tmp/tmpxrd418jl
             )
         (n,) = names.values()
         low, high = graph["sizes"][n][1:] if isinstance(graph["sizes"][n], list) else (1, MOST_SIZE)
