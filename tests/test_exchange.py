@@ -172,7 +172,7 @@ def test_every_writer_is_read_by_its_reader(tmp_path, format, named, fact):
         assert [(i.name, stored(i.value)) for i in pack.items(got)] == [
             (i.name, stored(i.value)) for i in pack.items(m)
         ]
-        assert repr(cli._info_of(path).get("said")) == repr(fact)
+        assert repr(cli.info_of(path).get("said")) == repr(fact)
 
 
 @every
