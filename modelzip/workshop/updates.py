@@ -227,7 +227,7 @@ def found_base(
         where it is; None: beside the update, under its name
     depth : int
     """
-    beside = [Path(os.fsdecode(p)).parent / about["name"] for p in (path, os.path.realpath(path))]
+    beside = [os.path.join(os.path.dirname(os.fsdecode(p)), about["name"]) for p in (path, os.path.realpath(path))]
     where = next(filter(os.path.exists, beside), None) if base is None else base  # of a link first its own folder
     demand(
         where is not None,
