@@ -27,7 +27,7 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder tests
 
 oldest:  ## in an environment of its own, the lowest versions that settings.ini names: what users meet first, files, graphs
 	python3 tools/ends.py oldest $(filter-out python3,$(PYTHON))

@@ -37,7 +37,7 @@ def pytest_collection(session):
             importlib.import_module(name)
 
 
-DEAR = ["wheel", "site", "graph", "site_reader", "right_pack", "teaching", "access", "threads"]
+DEAR = ["wheel", "site", "graph", "site_reader", "right_pack", "teaching", "access", "threads", "onnx", "cli", "recipe"]
 DEAR = [f"test_{name}" for name in DEAR]
 
 
