@@ -42,8 +42,7 @@ DEAR = [f"test_{name}" for name in DEAR]
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest begins first: else a processor waits for it at the end, or another worker takes half of its
-    tests and makes once more what they share."""
+    "What takes longest begins first: else a processor waits for it at the end. (A worker gets the tests of a file whole.)"
     items.sort(key=lambda item: DEAR.index(item.path.stem) if item.path.stem in DEAR else len(DEAR))
 
 

@@ -181,6 +181,12 @@ def run(paths):
 STOREYS = ("data", "explore", "measure", "quant", "pack"), ("recipe",)
 
 
+def enter(names):
+    "Import what stands on a storey."
+    for name in names:
+        importlib.import_module(f"modelzip.{name}")
+
+
 @contextlib.contextmanager
 def kept():
     "What is imported in this block stays: the collectors of a copy of this process leave it alone."
@@ -217,8 +223,7 @@ def notebooks_below(storeys):
     def told(answer):
         found = []
         for names in storeys:
-            for name in names:
-                importlib.import_module(f"modelzip.{name}")
+            enter(names)
             ours = [Path(m.__file__) for n, m in [*sys.modules.items()] if n.startswith("modelzip.")]
             found.append(
                 set(re.findall(r"^# %% (?:\.\./)+nbs/(\S+)\.ipynb", "\n".join(map(Path.read_text, ours)), re.M))
@@ -251,7 +256,8 @@ def one(path, folder):
         if "train(" in code and re.search(r"from modelzip\.data import", code) and "default_exp data" not in code:
             data = importlib.import_module("modelzip.data")
             once.enter_context(replaced(data, "train", training_kept(data.train, folder)))
-        once.enter_context(compared_whole()), once.enter_context(pooled_by_rows())
+        once.enter_context(compared_whole())
+        once.enter_context(pooled_by_rows())
         wrong = once.enter_context(figures_undrawn(pages="explore(" in code and path.parent.name != "workshop"))
         passed, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
     for said in wrong:
@@ -287,8 +293,7 @@ def test_with(workers, folder):
             path = waiting.pop()
             with kept():
                 for names in STOREYS[storey : above(path)]:
-                    for name in names:
-                        importlib.import_module(f"modelzip.{name}")
+                    enter(names)
             storey = above(path)
             start("fork", path.relative_to(ROOT / "nbs").as_posix(), one, path, folder)
         for ended in multiprocessing.connection.wait(running):
